@@ -1,0 +1,128 @@
+//! The controllers of cgroup v1, each in a hierarchy of its own or mounted together with others.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use cgroups_rs::MaxValue;
+use cgroups_rs::cpu::CpuController;
+use cgroups_rs::memory::MemController;
+use cgroups_rs::pid::PidController;
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::dir::Dir;
+use super::{CPU_PERIOD_US, cpu_quota_us};
+
+/// Limits memory, and memory plus swap to the same value, so that swapping is no way around the limit.
+pub(super) fn limit_memory(dir: &Dir, bytes: u64) -> nix::Result<()> {
+    let bytes = i64::try_from(bytes).map_err(|_| Errno::ERANGE)?;
+    let memory = MemController::new(dir.path(), false);
+    // the kernel refuses `limit > memsw` at any moment: lower the limit first, raise it last
+    let raising = match errno(memory.set_limit(bytes)) {
+        Err(Errno::EINVAL) => true,
+        other => {
+            other?;
+            false
+        }
+    };
+    match errno(memory.set_memswap_limit(bytes)) {
+        // swap is not accounted by this kernel; doctor says whether there is any
+        Err(Errno::ENOENT) => {}
+        other => other?,
+    }
+    if raising { errno(memory.set_limit(bytes)) } else { Ok(()) }
+}
+
+pub(super) fn limit_cpu(dir: &Dir, millicores: u32) -> nix::Result<()> {
+    let cpu = CpuController::new(dir.path(), false);
+    errno(cpu.set_cfs_period(CPU_PERIOD_US))?;
+    errno(cpu.set_cfs_quota(cpu_quota_us(millicores)))
+}
+
+/// `cpu.shares` is 1024 where `cpu.weight` is 100, within the kernel's bounds of 2 and 2^18.
+pub(super) fn weigh_cpu(dir: &Dir, weight: u32) -> nix::Result<()> {
+    let shares = (u64::from(weight) * 1024 / 100).clamp(2, 1 << 18);
+    errno(CpuController::new(dir.path(), false).set_shares(shares))
+}
+
+pub(super) fn limit_pids(dir: &Dir, pids: u32) -> nix::Result<()> {
+    errno(PidController::new(dir.path(), false).set_pid_max(MaxValue::Value(i64::from(pids))))
+}
+
+/// An eventfd that becomes readable on an OOM in this cgroup. It also fires for an ancestor's OOM and on removal, so
+/// it only says "look at the counter".
+pub(super) fn watch_oom(dir: &Dir) -> nix::Result<OwnedFd> {
+    let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+    let control = dir.open_file("memory.oom_control", OFlag::O_RDONLY)?;
+    dir.write("cgroup.event_control", &format!("{} {}", event.as_raw_fd(), control.as_raw_fd()))?;
+    Ok(event.into())
+}
+
+pub(super) fn oom_kills(memory: &Dir) -> Option<u64> {
+    memory.keyed_number("memory.oom_control", "oom_kill")
+}
+
+pub(super) fn memory_peak(memory: &Dir) -> Option<u64> {
+    memory.number("memory.max_usage_in_bytes")
+}
+
+pub(super) fn pids_peak(pids: &Dir) -> Option<u64> {
+    pids.number("pids.peak") // since Linux 6.1
+}
+
+/// User and system time in microseconds.
+///
+/// v1 counts the sum to the nanosecond but samples the division between user and kernel at timer ticks, so the exact
+/// sum is divided in the sampled proportion, as the kernel itself does for `cpu.stat` of v2 (`cputime_adjust`).
+pub(super) fn cpu_times(cpuacct: &Dir) -> (Option<u64>, Option<u64>) {
+    let sampled = |file| cpuacct.number(file).unwrap_or(0);
+    let divided = cpu_total(cpuacct)
+        .map(|total| divide(total, sampled("cpuacct.usage_user"), sampled("cpuacct.usage_sys")));
+    (divided.map(|(user, _)| user), divided.map(|(_, system)| system))
+}
+
+/// Divides `total` as `user` is to `system`. Without a sample, all of it is the kernel's: a process that no tick has
+/// met has done little else than start.
+fn divide(total: u64, user: u64, system: u64) -> (u64, u64) {
+    let (total_wide, user_wide) = (u128::from(total), u128::from(user));
+    let sum = user_wide + u128::from(system);
+    let user = (total_wide * user_wide).checked_div(sum).and_then(|part| u64::try_from(part).ok()).unwrap_or(0);
+    (user, total - user)
+}
+
+/// All CPU time in microseconds.
+pub(super) fn cpu_total(cpuacct: &Dir) -> Option<u64> {
+    cpuacct.number("cpuacct.usage").map(|ns| ns / 1000)
+}
+
+pub(super) fn cpu_throttled(cpu: &Dir) -> Option<u64> {
+    cpu.keyed_number("cpu.stat", "throttled_time").map(|ns| ns / 1000)
+}
+
+/// Thaws: on v1 a frozen task does not even die of SIGKILL.
+pub(super) fn thaw(freezer: &Dir) -> nix::Result<()> {
+    freezer.write("freezer.state", "THAWED")
+}
+
+/// The errno beneath the library's error.
+fn errno(result: cgroups_rs::error::Result<()>) -> nix::Result<()> {
+    result.map_err(|error| {
+        std::error::Error::source(&error)
+            .and_then(|cause| cause.downcast_ref::<std::io::Error>())
+            .map_or(Errno::EIO, crate::sys::process::errno_of)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::divide;
+
+    #[test]
+    fn the_parts_are_the_sum_and_keep_the_proportion() {
+        assert_eq!(divide(1000, 3, 1), (750, 250));
+        assert_eq!(divide(1000, 0, 0), (0, 1000));
+        assert_eq!(divide(1000, 7, 0), (1000, 0));
+        assert_eq!(divide(0, 7, 9), (0, 0));
+        assert_eq!(divide(u64::MAX, u64::MAX, u64::MAX), (u64::MAX / 2, u64::MAX / 2 + 1));
+    }
+}

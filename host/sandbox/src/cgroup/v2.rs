@@ -1,0 +1,77 @@
+//! The controllers of cgroup v2. Also used on hybrid machines, where the v2 hierarchy has no controllers but still
+//! kills and freezes.
+
+use nix::errno::Errno;
+
+use super::dir::Dir;
+use super::{CPU_PERIOD_US, cpu_quota_us};
+
+/// The controllers that this cgroup could give to its children.
+pub(super) fn available(dir: &Dir) -> Vec<String> {
+    let text = dir.read("cgroup.controllers").unwrap_or_default();
+    text.split_whitespace().map(str::to_owned).collect()
+}
+
+/// Gives `controllers` to the children of this cgroup.
+pub(super) fn delegate(dir: &Dir, controllers: &[&str]) -> nix::Result<()> {
+    for controller in controllers {
+        dir.write("cgroup.subtree_control", &format!("+{controller}"))?;
+    }
+    Ok(())
+}
+
+/// Limits memory with no swap, and makes an OOM kill take the whole cgroup.
+pub(super) fn limit_memory(dir: &Dir, bytes: u64) -> nix::Result<()> {
+    dir.write("memory.max", &bytes.to_string())?;
+    dir.write_if_present("memory.swap.max", "0")
+}
+
+pub(super) fn kill_whole_group_on_oom(dir: &Dir) -> nix::Result<()> {
+    dir.write("memory.oom.group", "1")
+}
+
+pub(super) fn limit_cpu(dir: &Dir, millicores: u32) -> nix::Result<()> {
+    dir.write("cpu.max", &format!("{} {CPU_PERIOD_US}", cpu_quota_us(millicores)))
+}
+
+pub(super) fn weigh_cpu(dir: &Dir, weight: u32) -> nix::Result<()> {
+    dir.write("cpu.weight", &weight.to_string())
+}
+
+pub(super) fn limit_pids(dir: &Dir, pids: u32) -> nix::Result<()> {
+    dir.write("pids.max", &pids.to_string())
+}
+
+pub(super) fn oom_kills(dir: &Dir) -> Option<u64> {
+    dir.keyed_number("memory.events", "oom_kill")
+}
+
+pub(super) fn memory_peak(dir: &Dir) -> Option<u64> {
+    dir.number("memory.peak") // since Linux 5.19
+}
+
+pub(super) fn pids_peak(dir: &Dir) -> Option<u64> {
+    dir.number("pids.peak") // since Linux 6.1
+}
+
+/// User and system time in microseconds.
+pub(super) fn cpu_times(dir: &Dir) -> (Option<u64>, Option<u64>) {
+    (dir.keyed_number("cpu.stat", "user_usec"), dir.keyed_number("cpu.stat", "system_usec"))
+}
+
+/// All CPU time in microseconds.
+pub(super) fn cpu_total(dir: &Dir) -> Option<u64> {
+    dir.keyed_number("cpu.stat", "usage_usec")
+}
+
+pub(super) fn cpu_throttled(dir: &Dir) -> Option<u64> {
+    dir.keyed_number("cpu.stat", "throttled_usec")
+}
+
+/// Kills every process of the cgroup and below, also those forking just now. Since Linux 5.14.
+pub(super) fn kill(dir: &Dir) -> nix::Result<()> {
+    match dir.write("cgroup.kill", "1") {
+        Err(Errno::ENOENT) => Ok(()), // an older kernel: the pid namespace's own death does the same
+        other => other,
+    }
+}

@@ -1,0 +1,182 @@
+//! The private root: a fresh tmpfs that only this sandbox has, assembled by descriptor and pivoted into.
+//!
+//! ```text
+//! native                          Wasm             compile
+//! /            ro,nosuid,nodev    the same         the same
+//! /bin/<name>  the program        -                -
+//! /dev         six devices, ro    -                -
+//! /proc        subset=pid, ro     -                -
+//! /tmp         sized, noexec      the same         -
+//! /.landlock   see `landlock`     the same         the same
+//! ```
+//!
+//! No file of the host is bound in, none of its paths is resolved: the launcher's own root, which the child starts
+//! in, holds nothing but `/proc` and an empty directory to mount on.
+
+use std::ffi::{CStr, CString};
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, OFlag, openat};
+use nix::mount::{MntFlags, umount2};
+use nix::sys::stat::{Mode, SFlag, fchmodat, fstat, makedev, mkdirat, mknodat};
+use nix::unistd::{chdir, fchdir, pivot_root, symlinkat};
+
+use crate::error::{AtStep, LaunchError, Step};
+use crate::spec::{JOB_ID, Kind, SandboxSpec};
+use crate::sys::mount::{MountAttr, attach, new_mount, restrict};
+
+/// Where the launcher's own root has its empty directory.
+pub(crate) const MOUNT_POINT: &CStr = c"/new";
+
+/// A file in every sandbox's root that Landlock lets nobody open; see `landlock::prove`.
+pub(crate) const LANDLOCK_PROOF: &str = ".landlock";
+
+/// What the root tmpfs holds besides the program: directories and a proof file, a page each at most.
+const ROOT_OVERHEAD_BYTES: u64 = 64 * 1024;
+const ROOT_INODES: &CStr = c"32";
+
+/// The devices of `/dev`: name, major, minor. The six that every container runtime has.
+pub(crate) const DEVICES: [(&str, u64, u64); 6] =
+    [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
+
+/// Symbolic links of `/dev`, by convention; `shm` makes POSIX shared memory part of the sized `/tmp`.
+const DEV_LINKS: [(&str, &str); 5] = [
+    ("fd", "/proc/self/fd"),
+    ("stdin", "/proc/self/fd/0"),
+    ("stdout", "/proc/self/fd/1"),
+    ("stderr", "/proc/self/fd/2"),
+    ("shm", "/tmp"),
+];
+
+/// Makes `/dev`, not attached anywhere. For the launcher: device nodes can only be made with the host's privilege.
+///
+/// Each sandbox has its own, so that the nodes' inodes (locks, timestamps) are no channel between jobs.
+pub(crate) fn make_dev() -> nix::Result<OwnedFd> {
+    let options = [(c"size", c"4k"), (c"nr_inodes", c"16"), (c"mode", c"0755")];
+    let dev = new_mount(c"tmpfs", &options, MountAttr::NOSUID | MountAttr::NOEXEC)?;
+    for (name, major, minor) in DEVICES {
+        mknodat(&dev, name, SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(major, minor))?;
+        fchmodat(&dev, name, Mode::from_bits_truncate(0o666), nix::sys::stat::FchmodatFlags::FollowSymlink)?;
+    }
+    for (name, target) in DEV_LINKS {
+        symlinkat(target, &dev, name)?;
+    }
+    restrict(dev.as_fd(), MountAttr::RDONLY)?;
+    Ok(dev)
+}
+
+/// Builds the root of `spec`, pivots into it and lets the old one go. `program` is the ELF of a native job.
+pub(crate) fn enter(spec: &SandboxSpec, program: BorrowedFd<'_>, dev: Option<&OwnedFd>) -> Result<(), LaunchError> {
+    let native = spec.kind == Kind::Native;
+    let root = make_root(spec, program)?;
+    if spec.kind != Kind::Compile {
+        let tmp = make_tmp(spec).at(Step::MountTmp)?;
+        attach(tmp.as_fd(), root.as_fd(), c"tmp").at(Step::MountTmp)?;
+    }
+    if native {
+        let dev = dev.ok_or(Errno::EBADF).at(Step::MountDev)?;
+        attach(dev.as_fd(), root.as_fd(), c"dev").at(Step::MountDev)?;
+        let options = [(c"subset", c"pid"), (c"hidepid", c"invisible")];
+        let attr = MountAttr::RDONLY | MountAttr::NOSUID | MountAttr::NODEV | MountAttr::NOEXEC;
+        let proc = new_mount(c"proc", &options, attr).at(Step::MountProc)?;
+        attach(proc.as_fd(), root.as_fd(), c"proc").at(Step::MountProc)?;
+    }
+    restrict(root.as_fd(), MountAttr::RDONLY).at(Step::SealRoot)?;
+    pivot(&root).at(Step::PivotRoot)
+}
+
+fn make_root(spec: &SandboxSpec, program: BorrowedFd<'_>) -> Result<OwnedFd, LaunchError> {
+    let native = spec.kind == Kind::Native;
+    let program_bytes = if native { program_size(program).at(Step::CopyProgram)? } else { 0 };
+    let size = decimal(program_bytes + ROOT_OVERHEAD_BYTES).at(Step::MakeRoot)?;
+    let options = [(c"size", size.as_c_str()), (c"nr_inodes", ROOT_INODES), (c"mode", c"0755")];
+    let mut attr = MountAttr::NOSUID | MountAttr::NODEV;
+    if !native {
+        attr = attr | MountAttr::NOEXEC;
+    }
+    let root = new_mount(c"tmpfs", &options, attr).at(Step::MakeRoot)?;
+    attach(root.as_fd(), AT_FDCWD, MOUNT_POINT).at(Step::MakeRoot)?;
+    let directories: &[&str] = match spec.kind {
+        Kind::Native => &["bin", "dev", "proc", "tmp"],
+        Kind::Wasm => &["tmp"],
+        Kind::Compile => &[],
+    };
+    for name in directories {
+        mkdirat(&root, *name, Mode::from_bits_truncate(0o755)).at(Step::MakeRoot)?;
+    }
+    create(&root, LANDLOCK_PROOF, 0o444).at(Step::MakeRoot)?;
+    if native {
+        let copy = create(&root, &format!("bin/{}", spec.program), 0o555).at(Step::CopyProgram)?;
+        copy_program(program, &copy, program_bytes).at(Step::CopyProgram)?;
+    }
+    Ok(root)
+}
+
+fn make_tmp(spec: &SandboxSpec) -> nix::Result<OwnedFd> {
+    let size = decimal(spec.limits.scratch_bytes)?;
+    // the kernel counts the root directory as one of them
+    let inodes = decimal(spec.limits.scratch_inodes + 1)?;
+    let id = decimal(JOB_ID.into())?;
+    let options = [
+        (c"size", size.as_c_str()),
+        (c"nr_inodes", inodes.as_c_str()),
+        (c"mode", c"0700"),
+        (c"uid", id.as_c_str()),
+        (c"gid", id.as_c_str()),
+    ];
+    new_mount(c"tmpfs", &options, MountAttr::NOSUID | MountAttr::NODEV | MountAttr::NOEXEC)
+}
+
+/// The size of the program, which must be a regular file: the descriptor comes from the unprivileged server.
+fn program_size(program: BorrowedFd<'_>) -> nix::Result<u64> {
+    let stat = fstat(program)?;
+    if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
+        return Err(Errno::EINVAL);
+    }
+    u64::try_from(stat.st_size).map_err(|_| Errno::EINVAL)
+}
+
+/// Copies the program within the kernel, so that it is charged to the job as tmpfs pages only. The job gets a copy
+/// of its own: an inode shared between jobs could be locked, and a page-cache bug would reach all of them.
+fn copy_program(program: BorrowedFd<'_>, copy: &OwnedFd, bytes: u64) -> nix::Result<()> {
+    let source = File::from(program.try_clone_to_owned().map_err(|e| crate::sys::process::errno_of(&e))?);
+    let mut buffer = vec![0; 128 * 1024];
+    let mut at = 0;
+    while at < bytes {
+        let n = source.read_at(&mut buffer, at).map_err(|e| crate::sys::process::errno_of(&e))?;
+        if n == 0 {
+            return Err(Errno::EIO); // shorter than it said
+        }
+        let mut rest = &buffer[..n];
+        while !rest.is_empty() {
+            let written = nix::unistd::write(copy, rest)?;
+            rest = &rest[written..];
+        }
+        at += n as u64;
+    }
+    Ok(())
+}
+
+fn create(root: &OwnedFd, path: &str, mode: libc::mode_t) -> nix::Result<OwnedFd> {
+    let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+    openat(root, path, flags, Mode::from_bits_truncate(mode))
+}
+
+/// Makes `root` the root of the mount namespace. With `.` for both arguments the old root is mounted over the new
+/// one, so that detaching it leaves no path to any earlier mount (`pivot_root(2)`, "pivot_root(".", ".")").
+fn pivot(root: &OwnedFd) -> nix::Result<()> {
+    fchdir(root)?;
+    pivot_root(".", ".")?;
+    umount2(".", MntFlags::MNT_DETACH)?;
+    chdir("/")?;
+    // the working directory must be the new root itself, not a directory of a mount that is gone (CVE-2024-21626)
+    let (here, there) = (nix::sys::stat::stat(".")?, fstat(root)?);
+    if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino) { Ok(()) } else { Err(Errno::ESTALE) }
+}
+
+fn decimal(number: u64) -> nix::Result<CString> {
+    CString::new(number.to_string()).map_err(|_| Errno::EINVAL)
+}

@@ -1,0 +1,239 @@
+//! One sandbox between its clone and its burial.
+//!
+//! ```text
+//! Entering ──Ready──▶ Waiting ──Started──▶ Running ──exit──▶ buried: Ended
+//!     │                  │                    │
+//!     └── Failed, timeout, verify: killed ────┴── Kill, clocks, OOM: killed ──▶ buried: Refused or Ended
+//! ```
+//!
+//! There is one way out, [`Launcher::bury`], and it runs once: when the kernel says that the process is dead.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
+
+use super::Launcher;
+use super::verify;
+use crate::cgroup::Leaf;
+use crate::error::{LaunchError, Step};
+use crate::gate::{FromSandbox, LauncherGate};
+use crate::protocol::FromLauncher;
+use crate::spec::{SandboxId, SandboxSpec};
+use crate::sys::process::pidfd_send_signal;
+use crate::uids::JobIds;
+use crate::usage::{Exit, KillCause, SandboxReport};
+use crate::wire::RecvError;
+
+/// The closest together that a sandbox's CPU time is looked at.
+const CPU_CHECK_MIN: Duration = Duration::from_millis(2);
+
+/// The longest a sandbox may take from its clone to being ready. A compiled module of the greatest allowed size is
+/// mapped in well under a second; this is for a machine that is swamped.
+pub(super) const READY_WITHIN: Duration = Duration::from_secs(10);
+
+/// A sandbox that has been cloned and not been reaped.
+pub(super) struct Live {
+    pub(super) spec: SandboxSpec,
+    pub(super) pid: Pid,
+    pub(super) pidfd: OwnedFd,
+    pub(super) gate: Option<LauncherGate>,
+    pub(super) oom: Option<OwnedFd>,
+    pub(super) leaf: Leaf,
+    pub(super) ids: JobIds,
+    pub(super) stage: Stage,
+    pub(super) alarm: Option<Instant>,
+    /// The first thing that went wrong before tenant code.
+    pub(super) failure: Option<LaunchError>,
+    /// The first reason to kill it.
+    pub(super) killed: Option<KillCause>,
+    /// What its init told of the main process.
+    pub(super) told: Option<Exit>,
+}
+
+/// How far a sandbox has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// On its way through the child's steps.
+    Entering,
+    /// Confined, waiting for its job.
+    Waiting,
+    /// Running tenant code since then.
+    Running(Instant),
+}
+
+impl Live {
+    /// Stops everything in the sandbox. Safe to repeat.
+    fn strike(&self) {
+        // ESRCH: dead already, its pidfd says so in a moment
+        let _ = pidfd_send_signal(self.pidfd.as_fd(), Signal::SIGKILL);
+        let _ = self.leaf.kill();
+    }
+}
+
+impl Launcher<'_> {
+    /// Takes what a sandbox says over its gate.
+    pub(super) fn read_gate(&mut self, id: SandboxId) {
+        loop {
+            let Some(live) = self.live.get_mut(&id) else { return };
+            let Some(gate) = &live.gate else { return };
+            match gate.recv() {
+                Ok((FromSandbox::Ready, Some(pid))) if live.stage == Stage::Entering => self.admit(id, pid),
+                Ok((FromSandbox::Started, _)) if live.stage == Stage::Waiting => self.start_clocks(id),
+                Ok((FromSandbox::Exited(exit), _)) if live.stage != Stage::Entering => live.told = Some(exit),
+                Ok((FromSandbox::Failed(error), _)) => self.fail(id, error),
+                Ok(_) | Err(RecvError::Malformed) => {
+                    self.fail(id, LaunchError { step: Step::ReportReady, errno: Errno::EPROTO as i32 });
+                    return;
+                }
+                Err(RecvError::Empty) => return,
+                Err(RecvError::Closed | RecvError::Io(_)) => {
+                    live.gate = None; // closing it takes it out of the epoll set
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Reads the layers of a sandbox that says it is ready back from the kernel, and tells the server.
+    fn admit(&mut self, id: SandboxId, pid: i32) {
+        let Some(live) = self.live.get_mut(&id) else { return };
+        match verify::read_back(&self.place.own_namespaces, live, Pid::from_raw(pid)) {
+            Ok(isolation) => {
+                live.stage = Stage::Waiting;
+                self.set_alarm(id, None);
+                self.outbox.send(FromLauncher::Ready { id, isolation: Box::new(isolation) });
+            }
+            Err(error) => self.fail(id, error),
+        }
+    }
+
+    fn start_clocks(&mut self, id: SandboxId) {
+        let Some(live) = self.live.get_mut(&id) else { return };
+        let now = Instant::now();
+        live.stage = Stage::Running(now);
+        self.outbox.send(FromLauncher::Started(id));
+        self.keep_time(id, now);
+    }
+
+    /// Kills a sandbox that could not be made as it should.
+    pub(super) fn fail(&mut self, id: SandboxId, error: LaunchError) {
+        let Some(live) = self.live.get_mut(&id) else { return };
+        live.failure.get_or_insert(error);
+        live.strike();
+        self.set_alarm(id, None);
+    }
+
+    /// Kills a sandbox for `cause`, unless its main process has ended by itself before.
+    pub(super) fn kill(&mut self, id: SandboxId, cause: KillCause) {
+        let Some(live) = self.live.get_mut(&id) else { return };
+        if live.told.is_none() {
+            live.killed.get_or_insert(cause);
+        }
+        live.strike();
+        self.set_alarm(id, None);
+    }
+
+    /// The kernel may have killed something in this sandbox for memory. One process of a job gone means a job in an
+    /// unknown state: it goes as a whole.
+    pub(super) fn check_oom(&mut self, id: SandboxId) {
+        let Some(live) = self.live.get_mut(&id) else { return };
+        if let Some(event) = &live.oom {
+            let _ = nix::unistd::read(event, &mut [0; 8]);
+        }
+        if live.leaf.oom_kills() > 0 {
+            self.kill(id, KillCause::Memory);
+        }
+    }
+
+    /// Looks at every sandbox whose time has come.
+    pub(super) fn ring_alarms(&mut self, now: Instant) {
+        while let Some(&(at, id)) = self.alarms.first() {
+            if at > now {
+                return;
+            }
+            self.set_alarm(id, None);
+            match self.live.get(&id).map(|live| live.stage) {
+                Some(Stage::Entering) => {
+                    self.fail(id, LaunchError { step: Step::BecomeReady, errno: Errno::ETIMEDOUT as i32 });
+                }
+                Some(Stage::Running(_)) => self.keep_time(id, now),
+                Some(Stage::Waiting) | None => {}
+            }
+        }
+    }
+
+    /// Kills the sandbox if its wall or CPU time is over; else says when to look again.
+    fn keep_time(&mut self, id: SandboxId, now: Instant) {
+        let Some(live) = self.live.get(&id) else { return };
+        let Stage::Running(since) = live.stage else { return };
+        let limits = live.spec.limits;
+        let wall_end = since + limits.wall_time;
+        if now >= wall_end {
+            return self.kill(id, KillCause::WallTime);
+        }
+        let used = live.leaf.cpu_used().unwrap_or_default();
+        let Some(left) = limits.cpu_time.checked_sub(used).filter(|left| !left.is_zero()) else {
+            return self.kill(id, KillCause::CpuTime);
+        };
+        // it cannot use CPU time faster than its quota allows, nor than the host has CPUs
+        let millicores = limits.cpu_millicores.min(self.place.host_millicores).max(1);
+        let soonest = (left * 1000 / millicores).max(CPU_CHECK_MIN);
+        self.set_alarm(id, Some(wall_end.min(now + soonest)));
+    }
+
+    pub(super) fn set_alarm(&mut self, id: SandboxId, at: Option<Instant>) {
+        let Some(live) = self.live.get_mut(&id) else { return };
+        if let Some(old) = std::mem::replace(&mut live.alarm, at) {
+            self.alarms.remove(&(old, id));
+        }
+        if let Some(at) = at {
+            self.alarms.insert((at, id));
+        }
+    }
+
+    /// Reaps a dead sandbox, reads what it used, tells the server, and clears away what is left.
+    pub(super) fn bury(&mut self, id: SandboxId) {
+        self.read_gate(id); // its last words may still be there
+        let Some(live) = self.live.get(&id) else { return };
+        // __WALL: a child that raises no signal at its end is not waited for otherwise
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::__WALL;
+        let status = match waitid(Id::PIDFd(live.pidfd.as_fd()), flags) {
+            Ok(WaitStatus::StillAlive) => return,
+            Ok(WaitStatus::Exited(_, code)) => Exit::Exited(code),
+            Ok(WaitStatus::Signaled(_, signal, _)) => Exit::Signaled(signal as i32),
+            // not ours any more: nothing is known of its end
+            Ok(_) | Err(_) => Exit::Signaled(Signal::SIGKILL as i32),
+        };
+        self.set_alarm(id, None);
+        let Some(live) = self.live.remove(&id) else { return };
+        let message = match live.failure {
+            Some(error) => FromLauncher::Refused { id, error },
+            None => FromLauncher::Ended { id, report: report(&live, status) },
+        };
+        self.outbox.send(message);
+        self.uids.give_back(&live.ids);
+        // closing its descriptors, the OOM watch among them, comes before the removal of the cgroup
+        let Live { leaf, .. } = live;
+        if let Err((leaf, _)) = self.tree.remove(leaf) {
+            self.leaving.push(leaf);
+        }
+    }
+}
+
+fn report(live: &Live, status: Exit) -> SandboxReport {
+    let mut usage = live.leaf.usage(live.spec.kind.own_pids());
+    let started = match live.stage {
+        Stage::Running(since) => {
+            usage.wall_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
+            true
+        }
+        Stage::Entering | Stage::Waiting => false,
+    };
+    // an OOM kill that ended the job before anybody was woken is one all the same
+    let killed = live.killed.or((usage.oom_kills > 0).then_some(KillCause::Memory));
+    SandboxReport { exit: live.told.unwrap_or(status), killed, started, usage }
+}

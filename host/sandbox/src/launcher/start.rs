@@ -1,0 +1,251 @@
+//! How a launcher comes to be: spawned by the server before that has threads, then cut off from everything but its
+//! own root, its cgroups and its socket.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+
+use nix::fcntl::AT_FDCWD;
+use nix::mount::{MntFlags, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::epoll::{Epoll, EpollCreateFlags};
+use nix::sys::prctl;
+use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::{Pid, chdir, fchdir, pivot_root, setsid};
+
+use super::outbox::Outbox;
+use super::sweeper::{self, Sweeper};
+use super::{Launcher, verify};
+use crate::cgroup::{Plan, Tree};
+use crate::init::{identity, root};
+use crate::protocol::{FromLauncher, LauncherConfig, ToLauncher, VERSION};
+use crate::sys::mount::{MountAttr, attach, clone_mount, make_all_private, new_mount, restrict};
+use crate::sys::process::{SingleThreaded, inherited_fd};
+use crate::uids::UidPool;
+use crate::usage::Namespaces;
+use crate::wire::Packets;
+use crate::workload::Workload;
+
+/// What the launcher keeps of the host's capabilities, each for the step named. The rest is dropped for good.
+const KEPT: [caps::Capability; 10] = {
+    use caps::Capability::*;
+    [
+        CAP_SYS_ADMIN,       // clone and map namespaces, make /dev's file system, delegate cgroups
+        CAP_SETUID,          // write uid maps
+        CAP_SETGID,          // write gid maps
+        CAP_SYS_PTRACE,      // read back the namespaces of a non-dumpable process
+        CAP_KILL,            // kill processes of other uids
+        CAP_MKNOD,           // make the nodes of /dev
+        CAP_FOWNER,          // set their modes
+        CAP_DAC_OVERRIDE,    // write control files of the instance's cgroups, whoever they were delegated to
+        CAP_DAC_READ_SEARCH, // open cgroups below directories of others
+        CAP_SYS_RESOURCE,    // limits above the server's own, where the machine grants it
+    ]
+};
+
+/// Facts about where the launcher lives, taken once.
+pub(super) struct Place {
+    pub(super) own_namespaces: Namespaces,
+    pub(super) host_millicores: u32,
+    sweeper: Option<Sweeper>,
+}
+
+impl Place {
+    /// Ends the sweeper, which finds nothing to do after an orderly end.
+    pub(super) fn dismiss_sweeper(&mut self) {
+        if let Some(sweeper) = self.sweeper.take() {
+            sweeper.dismiss();
+        }
+    }
+}
+
+/// Starts a launcher: this same program under the name `argv0`, with nothing of this process but one socket. Gives
+/// the server's end, blocking, and the child.
+///
+/// The program is executed through a read-only clone of its mount, so that not even host root could write to it
+/// through `/proc/PID/exe` (CVE-2019-5736).
+///
+/// # Errors
+/// Those of making the socket, of cloning the mount (`EPERM` without `CAP_SYS_ADMIN`), and of the exec.
+pub fn spawn(argv0: &str) -> io::Result<(Packets, Child)> {
+    let program = clone_mount(AT_FDCWD, c"/proc/self/exe")?;
+    restrict(program.as_fd(), MountAttr::RDONLY | MountAttr::NOSUID | MountAttr::NODEV)?;
+    let (ours, theirs) = Packets::pair()?;
+    let child = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()))
+        .arg0(argv0)
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .spawn()?;
+    Ok((ours, child))
+}
+
+/// The whole life of a launcher process. Call first thing in `main`, when the program was started by [`spawn`].
+/// Gives the process's exit code: 0 after an orderly end, 71 (`EX_OSERR`) if it could not come up or broke.
+#[must_use]
+pub fn launcher_main(workload: &dyn Workload) -> i32 {
+    let Ok(proof) = SingleThreaded::prove() else { return 71 };
+    let Ok(mut outbox) = take_socket() else { return 71 };
+    let Ok(received) = outbox.packets().recv(ToLauncher::fds) else { return 71 };
+    let ToLauncher::Configure(config) = received.value else { return 71 };
+    let foundation = match lay_foundation(&config) {
+        Ok(foundation) => foundation,
+        Err(problems) => {
+            outbox.send(FromLauncher::Unable(problems));
+            return 71;
+        }
+    };
+    let cgroup_version = foundation.cgroup_version.to_owned();
+    match settle(proof, workload, outbox, foundation) {
+        Ok(mut launcher) => {
+            launcher.outbox.send(FromLauncher::Up { cgroup_version });
+            let result = launcher.outbox.packets().set_nonblocking().map_err(|e| crate::sys::process::errno_of(&e));
+            if result.and_then(|()| launcher.run()).is_ok() { 0 } else { 71 }
+        }
+        Err((mut outbox, problem)) => {
+            outbox.send(FromLauncher::Unable(vec![problem]));
+            71
+        }
+    }
+}
+
+/// Takes the socket that [`spawn`] put where standard input would be.
+fn take_socket() -> io::Result<Outbox> {
+    let stdin = inherited_fd(0)?;
+    let socket = stdin.try_clone()?;
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    nix::unistd::dup2_stdin(&null)?;
+    std::mem::forget(stdin); // descriptor 0 now is /dev/null and stays that
+    Ok(Outbox::new(Packets::from(socket)))
+}
+
+/// What has to be taken from the host before leaving it behind.
+struct Foundation {
+    cgroup_version: &'static str,
+    uids: UidPool,
+    tree: Tree,
+    null: OwnedFd,
+    host_millicores: u32,
+}
+
+/// Claims uids and cgroups. Reports everything that is missing, not only the first.
+fn lay_foundation(config: &LauncherConfig) -> Result<Foundation, Vec<String>> {
+    let mut problems = Vec::new();
+    if config.version != VERSION {
+        problems.push(format!("the server speaks version {} of the launcher's protocol, not {VERSION}", config.version));
+    }
+    let uids = UidPool::claim(&config.lock_dir).map_err(|error| problems.push(words(&error))).ok();
+    let plan = Plan::for_this_process().map_err(|error| problems.push(words(&error))).ok();
+    let version = plan.as_ref().map(Plan::version);
+    let make = |plan| Tree::make(plan, config.instance.as_str()).map_err(|error| problems.push(words(&error))).ok();
+    let tree = plan.and_then(make);
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null").map(OwnedFd::from);
+    let null = null.map_err(|error| problems.push(format!("open `/dev/null`: {error}"))).ok();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    match (uids, version, tree, null) {
+        (Some(uids), Some(cgroup_version), Some(tree), Some(null)) if problems.is_empty() => Ok(Foundation {
+            cgroup_version,
+            uids,
+            tree,
+            null,
+            host_millicores: u32::try_from(cores).unwrap_or(u32::MAX).saturating_mul(1000),
+        }),
+        _ => Err(problems),
+    }
+}
+
+/// An error and its causes in one line.
+fn words(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// Leaves the host: own session, mounts, network and IPC; few capabilities; nothing to read in `/proc` for others.
+fn settle<'w>(
+    proof: SingleThreaded,
+    workload: &'w dyn Workload,
+    outbox: Outbox,
+    foundation: Foundation,
+) -> Result<Launcher<'w>, (Outbox, String)> {
+    let Foundation { uids, tree, null, host_millicores, .. } = foundation;
+    let prepared = (|| -> Result<(Namespaces, Epoll, Sweeper), String> {
+        let fail = |what: &'static str| move |error: nix::errno::Errno| format!("{what}: {}", error.desc());
+        // a terminal's Ctrl-C is for the server, which then ends us in order
+        setsid().map_err(fail("leave the terminal's session"))?;
+        leave_mounts().map_err(fail("make a private root for the launcher"))?;
+        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC)
+            .map_err(fail("leave the host's network and IPC namespaces"))?;
+        prctl::set_name(c"holm-launcher").map_err(fail("set the process name"))?;
+        let sweeper = sweeper::start(&proof, &tree.remains(), uids.claim_fd()).map_err(fail("fork the sweeper"))?;
+        keep_few_capabilities().map_err(|error| format!("drop capabilities: {error}"))?;
+        identity::become_non_dumpable().map_err(fail("become non-dumpable"))?;
+        let own = verify::namespaces_of(Pid::this()).map_err(|error| format!("read own namespaces: {error}"))?;
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(fail("make an epoll instance"))?;
+        Ok((own, epoll, sweeper))
+    })();
+    match prepared {
+        Err(problem) => Err((outbox, problem)),
+        Ok((own_namespaces, epoll, sweeper)) => Ok(Launcher {
+            proof,
+            workload,
+            place: Place { own_namespaces, host_millicores, sweeper: Some(sweeper) },
+            outbox,
+            epoll,
+            tree,
+            uids,
+            null,
+            filters: HashMap::new(),
+            live: HashMap::new(),
+            alarms: BTreeSet::new(),
+            leaving: Vec::new(),
+        }),
+    }
+}
+
+/// Makes a root that holds a `/proc` and an empty directory, and moves there. The fewer mounts, the less a clone has
+/// to copy; and nothing of the host has a path here that a child could be made to follow.
+///
+/// The `/proc` must be an unmasked one: the kernel lets a job mount its own only where one is visible.
+fn leave_mounts() -> nix::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    make_all_private()?;
+    let options = [(c"size", c"4k"), (c"nr_inodes", c"8"), (c"mode", c"0755")];
+    let home = new_mount(c"tmpfs", &options, MountAttr::NOSUID | MountAttr::NODEV | MountAttr::NOEXEC)?;
+    mkdirat(&home, "proc", Mode::from_bits_truncate(0o555))?;
+    mkdirat(&home, "new", Mode::from_bits_truncate(0o755))?;
+    // any directory serves to attach it, as all is left behind at once: the working directory of a server is `/`
+    attach(home.as_fd(), AT_FDCWD, c"/proc")?;
+    let proc = new_mount(c"proc", &[], MountAttr::NOSUID | MountAttr::NODEV | MountAttr::NOEXEC)?;
+    attach(proc.as_fd(), home.as_fd(), c"proc")?;
+    restrict(home.as_fd(), MountAttr::RDONLY)?;
+    fchdir(&home)?;
+    pivot_root(".", ".")?;
+    umount2(".", MntFlags::MNT_DETACH)?;
+    chdir("/")?;
+    debug_assert_eq!(root::MOUNT_POINT, c"/new");
+    Ok(())
+}
+
+fn keep_few_capabilities() -> Result<(), caps::errors::CapsError> {
+    use caps::CapSet;
+    for capability in caps::all() {
+        if !KEPT.contains(&capability) && caps::has_cap(None, CapSet::Bounding, capability).unwrap_or(false) {
+            caps::drop(None, CapSet::Bounding, capability)?;
+        }
+    }
+    caps::clear(None, CapSet::Ambient)?;
+    caps::clear(None, CapSet::Inheritable)?;
+    let kept: caps::CapsHashSet =
+        caps::read(None, CapSet::Permitted)?.into_iter().filter(|capability| KEPT.contains(capability)).collect();
+    caps::set(None, CapSet::Effective, &kept)?;
+    caps::set(None, CapSet::Permitted, &kept)
+}

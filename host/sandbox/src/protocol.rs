@@ -1,0 +1,94 @@
+//! What server and launcher say to each other. The launcher is the privileged end: it checks every field it uses.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::LaunchError;
+use crate::limits::Ceiling;
+use crate::name::Name;
+use crate::spec::{SandboxId, SandboxSpec};
+use crate::usage::{Isolation, SandboxReport};
+
+/// The version of these messages; a launcher refuses a server that speaks another.
+pub const VERSION: u32 = 1;
+
+/// What a launcher must know before anything else.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LauncherConfig {
+    /// [`VERSION`] of the sender.
+    pub version: u32,
+    /// The instance's id, a [`Name`]: its cgroups are called `holm-<instance>`.
+    pub instance: Name,
+    /// The directory in which instances on this host agree about uids.
+    pub lock_dir: PathBuf,
+}
+
+/// From the server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToLauncher {
+    /// The first message.
+    Configure(LauncherConfig),
+    /// Make a sandbox. Brings two descriptors: the sandbox's end of its channel, and the artifact.
+    Launch {
+        /// Its id from now on.
+        id: SandboxId,
+        /// Everything about it.
+        spec: SandboxSpec,
+    },
+    /// Kill a sandbox. Unknown ids are ignored: it may just have ended.
+    Kill(SandboxId),
+    /// Change the ceiling of a tenant that has sandboxes; others get theirs with their first one.
+    SetCeiling {
+        /// The tenant.
+        tenant: Name,
+        /// Its new ceiling.
+        ceiling: Ceiling,
+    },
+}
+
+impl ToLauncher {
+    /// The number of descriptors that belong to the message.
+    #[must_use]
+    pub fn fds(&self) -> usize {
+        match self {
+            Self::Launch { .. } => 2,
+            Self::Configure(_) | Self::Kill(_) | Self::SetCeiling { .. } => 0,
+        }
+    }
+}
+
+/// From the launcher.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromLauncher {
+    /// Configured: sandboxes can be launched.
+    Up {
+        /// "v1", "v2" or "hybrid".
+        cgroup_version: String,
+    },
+    /// This process cannot be a launcher; it ends. One sentence for each thing missing.
+    Unable(Vec<String>),
+    /// The sandbox is confined and waits for its job on its channel.
+    Ready {
+        /// Which one.
+        id: SandboxId,
+        /// The layers around it, read from the kernel.
+        isolation: Box<Isolation>,
+    },
+    /// The sandbox could not be made; nothing ran and nothing is left of it.
+    Refused {
+        /// Which one.
+        id: SandboxId,
+        /// Why.
+        error: LaunchError,
+    },
+    /// Tenant code has started.
+    Started(SandboxId),
+    /// Every process of the sandbox is dead.
+    Ended {
+        /// Which one.
+        id: SandboxId,
+        /// How it ended and what it used.
+        report: SandboxReport,
+    },
+}

@@ -1,0 +1,160 @@
+//! Processes: `clone3` from a single-threaded process, pidfd signals, and closing what must not be inherited.
+
+use std::fs;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::sched::CloneFlags;
+use nix::sys::signal::Signal;
+use nix::unistd::{ForkResult, Pid};
+
+use super::check;
+
+/// Proof that this process has exactly one thread.
+///
+/// A child cloned without exec shares nothing that another thread could have left locked (malloc's arenas, std's
+/// stdout lock), so it may run ordinary Rust code. With a second thread that would be unsound.
+#[derive(Debug)]
+pub(crate) struct SingleThreaded(());
+
+impl SingleThreaded {
+    /// Reads the number of this process's threads from the kernel.
+    ///
+    /// # Errors
+    /// `EBUSY` if there is more than one thread; the error of reading `/proc/self/task` otherwise.
+    pub(crate) fn prove() -> nix::Result<Self> {
+        let threads = fs::read_dir("/proc/self/task").map_err(|e| errno_of(&e))?.count();
+        if threads == 1 { Ok(Self(())) } else { Err(Errno::EBUSY) }
+    }
+}
+
+/// `linux/sched.h`, since Linux 5.7. The C library's constant is too narrow for it.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// The two sides of a `clone3`.
+pub(crate) enum Cloned {
+    /// In the parent: the child's pid as this process sees it, and its pidfd.
+    Parent { pid: Pid, pidfd: OwnedFd },
+    /// In the child.
+    Child,
+}
+
+/// Clones the calling process. `cgroup`, if given, is a directory of a cgroup v2 hierarchy in which the child is
+/// born (`CLONE_INTO_CGROUP`). The child's end raises no signal: its pidfd tells.
+pub(crate) fn clone3(
+    _proof: &SingleThreaded,
+    flags: CloneFlags,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> nix::Result<Cloned> {
+    let mut pidfd: RawFd = -1;
+    // SAFETY: `clone_args` is a C struct of integers for which all-zero is the documented default.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = u64::from(flags.bits().cast_unsigned()) | libc::CLONE_PIDFD as u64;
+    args.pidfd = (&raw mut pidfd) as u64;
+    if let Some(dir) = cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = dir.as_raw_fd() as u64;
+    }
+    // SAFETY: no CLONE_VM, CLONE_FILES or stack is asked for, so the child is a copy that continues on its own copy
+    // of this stack; `_proof` says that no other thread could hold a lock in that copy. `args` and `pidfd` outlive
+    // the call.
+    let ret = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<libc::clone_args>()) };
+    match check(ret)? {
+        0 => Ok(Cloned::Child),
+        pid => Ok(Cloned::Parent {
+            pid: Pid::from_raw(i32::try_from(pid).map_err(|_| Errno::EOVERFLOW)?),
+            // SAFETY: clone3 succeeded with CLONE_PIDFD, so `pidfd` is a new descriptor that nobody else owns.
+            pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
+        }),
+    }
+}
+
+/// Forks, for where a filter no longer lets `clone3` through. `None` in the child, its pid in the parent.
+pub(crate) fn fork(_proof: &SingleThreaded) -> nix::Result<Option<Pid>> {
+    // SAFETY: `_proof` says that there is no other thread whose locks the child could inherit.
+    match unsafe { nix::unistd::fork() }? {
+        ForkResult::Child => Ok(None),
+        ForkResult::Parent { child } => Ok(Some(child)),
+    }
+}
+
+/// Sends `signal` to the process that `pidfd` refers to. `ESRCH` once that process is dead and reaped.
+pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: Signal) -> nix::Result<()> {
+    // SAFETY: `pidfd` is borrowed for the call; a null siginfo is documented to mean "as kill(2) would".
+    let ret = unsafe {
+        libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal as libc::c_int, std::ptr::null::<u8>(), 0)
+    };
+    check(ret).map(drop)
+}
+
+/// Closes every descriptor except those in `keep`, whoever thinks that it owns them.
+///
+/// For a freshly cloned child only: the copies of its parent's descriptors have no owner in the child but values that
+/// are never dropped there, because the child never returns into the code that holds them.
+pub(crate) fn close_all_except(_proof: &SingleThreaded, keep: &[BorrowedFd<'_>]) -> nix::Result<()> {
+    let mut keep: Vec<libc::c_uint> = keep.iter().map(|fd| fd.as_raw_fd().cast_unsigned()).collect();
+    keep.sort_unstable();
+    let mut first: libc::c_uint = 0;
+    for fd in keep {
+        if fd > first {
+            close_range(first, fd - 1)?;
+        }
+        first = fd + 1;
+    }
+    close_range(first, libc::c_uint::MAX)
+}
+
+fn close_range(first: libc::c_uint, last: libc::c_uint) -> nix::Result<()> {
+    // SAFETY: closing descriptors touches no memory; that no live owner is robbed is the contract of the only
+    // caller, `close_all_except`.
+    let ret = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+    check(ret).map(drop)
+}
+
+
+/// Ends this process at once: no destructors, no `atexit`, no flushing of the parent's buffers a second time.
+pub(crate) fn exit_now(code: i32) -> ! {
+    // SAFETY: `_exit` never returns and needs nothing of the process's state.
+    unsafe { libc::_exit(code) }
+}
+
+/// Takes ownership of a descriptor number that this process was given at exec by the documented convention.
+///
+/// # Errors
+/// `EBADF` if nothing is open at `fd`.
+pub(crate) fn inherited_fd(fd: RawFd) -> nix::Result<OwnedFd> {
+    // SAFETY: F_GETFD only asks whether the descriptor is open.
+    check(unsafe { libc::fcntl(fd, libc::F_GETFD) }.into())?;
+    // SAFETY: it is open, and by convention it was opened for us by the exec's caller, so nothing here owns it yet.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+pub(crate) fn errno_of(error: &std::io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}
+
+/// Joins a new, anonymous session keyring (`keyctl(KEYCTL_JOIN_SESSION_KEYRING, NULL)`).
+pub(crate) fn join_new_session_keyring() -> nix::Result<()> {
+    // SAFETY: a null name asks for an anonymous keyring; no memory is read.
+    let ret = unsafe { libc::syscall(libc::SYS_keyctl, libc::KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<u8>()) };
+    check(ret).map(drop)
+}
+
+/// Sets every signal to its default action and unblocks all: what a program expects to start with.
+pub(crate) fn reset_signals() -> nix::Result<()> {
+    // SAFETY: an all-zero sigaction is SIG_DFL with no flags and an empty mask.
+    let default: libc::sigaction = unsafe { std::mem::zeroed() };
+    for signal in 1..=libc::SIGRTMAX() {
+        if matches!(signal, libc::SIGKILL | libc::SIGSTOP) {
+            continue;
+        }
+        // SAFETY: `default` outlives the call; no handler of ours is relied upon in this process.
+        let ret = unsafe { libc::sigaction(signal, &raw const default, std::ptr::null_mut()) };
+        match check(ret.into()) {
+            // 32 and 33 are the C library's own
+            Ok(_) | Err(Errno::EINVAL) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    nix::sys::signal::SigSet::empty().thread_set_mask()
+}
