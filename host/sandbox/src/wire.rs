@@ -76,46 +76,23 @@ impl Packets {
         Ok(())
     }
 
-    /// Sends one packet, all of it or nothing.
+    /// As [`send`].
     ///
     /// # Errors
-    /// `WouldBlock` on a full non-blocking socket, `BrokenPipe` when the other end is closed, `InvalidInput` when
-    /// the encoded value is longer than [`MAX_PACKET`] or there are more than [`MAX_FDS`] descriptors.
+    /// Those of [`send`].
     pub fn send<T: Serialize>(&self, value: &T, fds: &[impl AsFd]) -> io::Result<()> {
-        let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
-        let bytes = postcard::to_stdvec(value).map_err(|e| invalid(&e.to_string()))?;
-        if bytes.len() > MAX_PACKET || fds.len() > MAX_FDS {
-            return Err(invalid("packet too large"));
-        }
-        let raw: Vec<RawFd> = fds.iter().map(|fd| fd.as_fd().as_raw_fd()).collect();
-        let rights = [ControlMessage::ScmRights(&raw)];
-        let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
-        let sent = loop {
-            match sendmsg::<()>(
-                self.0.as_raw_fd(),
-                &[IoSlice::new(&bytes)],
-                control,
-                MsgFlags::MSG_NOSIGNAL,
-                None,
-            ) {
-                Err(nix::errno::Errno::EINTR) => {}
-                other => break other?,
-            }
-        };
-        debug_assert_eq!(sent, bytes.len(), "SEQPACKET sends whole packets");
-        Ok(())
+        send(self, value, fds)
     }
 
-    /// Receives one packet, which must bring exactly the number of descriptors that `expected` names for its value.
+    /// As [`recv`], with a buffer of its own.
     ///
     /// # Errors
     /// See [`RecvError`].
     pub fn recv<T: DeserializeOwned>(&self, expected: impl Fn(&T) -> usize) -> Result<Received<T>, RecvError> {
-        let mut buffer = vec![0; MAX_PACKET];
-        self.recv_into(&mut buffer, expected)
+        recv(self, &mut vec![0; MAX_PACKET], expected)
     }
 
-    /// As [`Packets::recv`], through the caller's buffer. A packet that is longer than it is malformed.
+    /// As [`recv`].
     ///
     /// # Errors
     /// See [`RecvError`].
@@ -124,33 +101,72 @@ impl Packets {
         buffer: &mut [u8],
         expected: impl Fn(&T) -> usize,
     ) -> Result<Received<T>, RecvError> {
-        let mut control = nix::cmsg_space!([RawFd; MAX_FDS], UnixCredentials);
-        let mut iov = [IoSliceMut::new(buffer)];
-        let (len, truncated, fds, sender) = loop {
-            match recvmsg::<()>(self.0.as_raw_fd(), &mut iov, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC) {
-                Err(nix::errno::Errno::EINTR) => {}
-                Err(nix::errno::Errno::EAGAIN) => return Err(RecvError::Empty),
-                Err(nix::errno::Errno::ECONNRESET) => return Err(RecvError::Closed),
-                Err(errno) => return Err(RecvError::Io(errno.into())),
-                Ok(message) => {
-                    let truncated = message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
-                    let (fds, sender) = take_control(message.cmsgs().map_err(|e| RecvError::Io(e.into()))?);
-                    break (message.bytes, truncated, fds, sender);
-                }
-            }
-        };
-        if len == 0 && fds.is_empty() {
-            return Err(RecvError::Closed);
-        }
-        if truncated {
-            return Err(RecvError::Malformed);
-        }
-        let (value, rest) = postcard::take_from_bytes::<T>(&buffer[..len]).map_err(|_| RecvError::Malformed)?;
-        if !rest.is_empty() || fds.len() != expected(&value) {
-            return Err(RecvError::Malformed);
-        }
-        Ok(Received { value, fds, sender })
+        recv(self, buffer, expected)
     }
+}
+
+/// Sends one packet, all of it or nothing.
+///
+/// # Errors
+/// `WouldBlock` on a full non-blocking socket, `BrokenPipe` when the other end is closed, `InvalidInput` when the
+/// encoded value is longer than [`MAX_PACKET`] or there are more than [`MAX_FDS`] descriptors.
+pub fn send<T: Serialize>(socket: impl AsFd, value: &T, fds: &[impl AsFd]) -> io::Result<()> {
+    let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
+    let bytes = postcard::to_stdvec(value).map_err(|e| invalid(&e.to_string()))?;
+    if bytes.len() > MAX_PACKET || fds.len() > MAX_FDS {
+        return Err(invalid("packet too large"));
+    }
+    let raw: Vec<RawFd> = fds.iter().map(|fd| fd.as_fd().as_raw_fd()).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
+    let socket = socket.as_fd().as_raw_fd();
+    loop {
+        match sendmsg::<()>(socket, &[IoSlice::new(&bytes)], control, MsgFlags::MSG_NOSIGNAL, None) {
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+            // SEQPACKET sends whole packets
+            Ok(_) => return Ok(()),
+        }
+    }
+}
+
+/// Receives one packet through `buffer`; a longer one is malformed. It must bring exactly the number of descriptors
+/// that `expected` names for its value.
+///
+/// # Errors
+/// See [`RecvError`].
+pub fn recv<T: DeserializeOwned>(
+    socket: impl AsFd,
+    buffer: &mut [u8],
+    expected: impl Fn(&T) -> usize,
+) -> Result<Received<T>, RecvError> {
+    let mut control = nix::cmsg_space!([RawFd; MAX_FDS], UnixCredentials);
+    let mut iov = [IoSliceMut::new(buffer)];
+    let socket = socket.as_fd().as_raw_fd();
+    let (len, truncated, fds, sender) = loop {
+        match recvmsg::<()>(socket, &mut iov, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC) {
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(nix::errno::Errno::EAGAIN) => return Err(RecvError::Empty),
+            Err(nix::errno::Errno::ECONNRESET) => return Err(RecvError::Closed),
+            Err(errno) => return Err(RecvError::Io(errno.into())),
+            Ok(message) => {
+                let truncated = message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
+                let (fds, sender) = take_control(message.cmsgs().map_err(|e| RecvError::Io(e.into()))?);
+                break (message.bytes, truncated, fds, sender);
+            }
+        }
+    };
+    if len == 0 && fds.is_empty() {
+        return Err(RecvError::Closed);
+    }
+    if truncated {
+        return Err(RecvError::Malformed);
+    }
+    let (value, rest) = postcard::take_from_bytes::<T>(&buffer[..len]).map_err(|_| RecvError::Malformed)?;
+    if !rest.is_empty() || fds.len() != expected(&value) {
+        return Err(RecvError::Malformed);
+    }
+    Ok(Received { value, fds, sender })
 }
 
 /// Owns every descriptor that came, so that none leaks whatever the packet turns out to be.

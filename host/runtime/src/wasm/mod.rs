@@ -1,0 +1,11 @@
+//! WebAssembly: one engine configuration for compiling and running, WASI preview 1 for core modules.
+
+mod compile;
+mod engine;
+mod load;
+mod run;
+mod stdio;
+
+pub use self::compile::compile;
+pub use self::engine::{EngineError, fingerprint};
+pub use self::run::{Loaded, load};

@@ -1,0 +1,109 @@
+//! What a cloned process does: the only place where the sandbox and the runtimes meet.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+
+use holm_runtime::invocation::{Invocation, Report, short};
+use holm_runtime::{native, wasm};
+use holm_sandbox::spec::{Kind, SandboxSpec};
+use holm_sandbox::wire::Packets;
+use holm_sandbox::workload::{Job, Task, Workload};
+use nix::errno::Errno;
+
+/// The name under which this program starts as the launcher.
+pub const LAUNCHER: &str = "holm-launcher";
+
+/// The whole life of the launcher process; gives its exit code.
+#[must_use]
+pub fn launcher_main() -> i32 {
+    // a panic in a sandbox is reported over its channel; its text would go to the tenant's standard error
+    let launcher = std::process::id();
+    std::panic::set_hook(Box::new(move |panic| {
+        if std::process::id() == launcher {
+            let _ = writeln!(std::io::stderr(), "holm-launcher: {panic}");
+        }
+    }));
+    holm_sandbox::launcher::launcher_main(&Inside)
+}
+
+/// The exit code of a sandbox that could not run its job (`EX_SOFTWARE`). What counts is the report.
+const NO_RUN: i32 = 70;
+
+const NO_FDS: &[OwnedFd] = &[];
+
+struct Inside;
+
+impl Workload for Inside {
+    fn prepare(&self, spec: &SandboxSpec, artifact: OwnedFd) -> nix::Result<Box<dyn Task>> {
+        Ok(match spec.kind {
+            Kind::Native => Box::new(Native { path: format!("/bin/{}", spec.program) }),
+            Kind::Compile => Box::new(Compile { source: artifact.into() }),
+            Kind::Wasm => {
+                let size = |bytes: u64| usize::try_from(bytes).map_err(|_| Errno::EOVERFLOW);
+                let memory_bytes = size(spec.limits.memory_bytes)?;
+                let loaded = wasm::load(File::from(artifact), size(spec.limits.stack_bytes)?);
+                Box::new(Wasm { loaded: loaded.map_err(|_| Errno::ENOEXEC)?, memory_bytes })
+            }
+        })
+    }
+}
+
+/// A program in the sandbox's root, at `path`.
+struct Native {
+    path: String,
+}
+
+impl Task for Native {
+    fn run(self: Box<Self>, job: Job) -> i32 {
+        let Job { payload, channel, started } = job;
+        let invocation = match invocation(&payload) {
+            Ok(invocation) => invocation,
+            Err(report) => return tell(&channel, &report),
+        };
+        started.signal();
+        // an exec that succeeds closes the channel without a word
+        let error = native::exec(&self.path, &invocation);
+        tell(&channel, &Report::NotRunnable(format!("exec: {error}")))
+    }
+}
+
+struct Wasm {
+    loaded: wasm::Loaded,
+    memory_bytes: usize,
+}
+
+impl Task for Wasm {
+    fn run(self: Box<Self>, job: Job) -> i32 {
+        let Job { payload, channel, started } = job;
+        let report = match invocation(&payload) {
+            Ok(invocation) => self.loaded.run(&invocation, self.memory_bytes, || started.signal()),
+            Err(report) => report,
+        };
+        tell(&channel, &report)
+    }
+}
+
+struct Compile {
+    source: File,
+}
+
+impl Task for Compile {
+    fn run(self: Box<Self>, job: Job) -> i32 {
+        job.started.signal();
+        tell(&job.channel, &wasm::compile(self.source))
+    }
+}
+
+fn invocation(payload: &[u8]) -> Result<Invocation, Report> {
+    postcard::from_bytes(payload).map_err(|error| Report::NotRunnable(short(format!("the job's message: {error}"))))
+}
+
+/// Reports to the server. Gives the exit code to end with.
+fn tell(channel: &Packets, report: &Report) -> i32 {
+    let ran = matches!(report, Report::Wasm { .. } | Report::Compiled { .. } | Report::Invalid(_));
+    match channel.send(report, NO_FDS) {
+        Ok(()) if ran => 0,
+        _ => NO_RUN,
+    }
+}

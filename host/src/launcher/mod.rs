@@ -1,0 +1,160 @@
+//! The server's side of the launcher: messages out, events in, one handle a sandbox.
+
+mod packets;
+mod sandbox;
+mod streams;
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use holm_sandbox::LaunchError;
+use holm_sandbox::limits::Ceiling;
+use holm_sandbox::name::Name;
+use holm_sandbox::protocol::{FromLauncher, ToLauncher};
+use holm_sandbox::spec::SandboxId;
+use holm_sandbox::usage::{Isolation, SandboxReport};
+use holm_sandbox::wire::{MAX_PACKET, Packets, RecvError};
+use tokio::sync::mpsc;
+
+use self::packets::AsyncPackets;
+pub use self::sandbox::{Killer, Sandbox, SandboxError};
+pub use self::streams::{Collected, Collector, Content, Stdio, StreamError};
+
+/// Events that one sandbox can cause: ready, started, ended; or refused.
+const EVENTS: usize = 4;
+
+/// A connection to the launcher process. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Launcher(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    /// Unbounded, as what goes in is bounded: a launch and a kill or two for each admitted job.
+    outbox: mpsc::UnboundedSender<Outgoing>,
+    sandboxes: Mutex<Sandboxes>,
+    next_id: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Sandboxes {
+    /// Set once the launcher is gone: nothing can be launched any more.
+    gone: bool,
+    events: HashMap<SandboxId, mpsc::Sender<Event>>,
+}
+
+type Outgoing = (ToLauncher, Vec<OwnedFd>);
+
+/// What the launcher tells of one sandbox.
+#[derive(Clone, Debug)]
+enum Event {
+    Ready(Box<Isolation>),
+    Refused(LaunchError),
+    Started,
+    Ended(SandboxReport),
+}
+
+/// The launcher has ended, or broken the protocol. Every sandbox is dead or dying.
+#[derive(Debug, thiserror::Error)]
+#[error("the launcher is gone")]
+pub struct LauncherGone(#[source] Option<io::Error>);
+
+impl Launcher {
+    /// Takes over a configured launcher's socket. The second value must be polled for anything to happen; it ends
+    /// when the launcher does.
+    ///
+    /// # Errors
+    /// The socket cannot be registered with the runtime.
+    pub fn connect(packets: Packets) -> io::Result<(Self, impl Future<Output = LauncherGone>)> {
+        let socket = AsyncPackets::register(packets)?;
+        let (outbox, inbox) = mpsc::unbounded_channel();
+        let inner = Inner { outbox, sandboxes: Mutex::default(), next_id: AtomicU64::new(1) };
+        let launcher = Self(Arc::new(inner));
+        let driver = drive(launcher.0.clone(), socket, inbox);
+        Ok((launcher, driver))
+    }
+
+    /// Changes the ceiling over a tenant's running jobs.
+    pub fn set_ceiling(&self, tenant: Name, ceiling: Ceiling) {
+        self.send(ToLauncher::SetCeiling { tenant, ceiling }, Vec::new());
+    }
+
+    fn send(&self, message: ToLauncher, fds: Vec<OwnedFd>) {
+        // fails only when the driver has ended, which every waiting sandbox is told of
+        let _ = self.0.outbox.send((message, fds));
+    }
+
+    /// Registers a new sandbox. `None` if the launcher is gone.
+    fn register(&self) -> Option<(SandboxId, mpsc::Receiver<Event>)> {
+        let id = SandboxId(self.0.next_id.fetch_add(1, Ordering::Relaxed));
+        let (sender, receiver) = mpsc::channel(EVENTS);
+        let mut sandboxes = self.0.sandboxes();
+        if sandboxes.gone {
+            return None;
+        }
+        sandboxes.events.insert(id, sender);
+        Some((id, receiver))
+    }
+}
+
+impl Inner {
+    fn sandboxes(&self) -> MutexGuard<'_, Sandboxes> {
+        self.sandboxes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Passes an event on to whoever waits for it. The last one of a sandbox ends its registration.
+    fn dispatch(&self, message: FromLauncher) {
+        let (id, event, last) = match message {
+            FromLauncher::Ready { id, isolation } => (id, Event::Ready(isolation), false),
+            FromLauncher::Started(id) => (id, Event::Started, false),
+            FromLauncher::Refused { id, error } => (id, Event::Refused(error), true),
+            FromLauncher::Ended { id, report } => (id, Event::Ended(report), true),
+            FromLauncher::Up { .. } | FromLauncher::Unable(_) => return,
+        };
+        let mut sandboxes = self.sandboxes();
+        let sender = if last { sandboxes.events.remove(&id) } else { sandboxes.events.get(&id).cloned() };
+        if let Some(sender) = sender {
+            // full only if the launcher tells the same thing twice; closed if nobody waits any more
+            let _ = sender.try_send(event);
+        }
+    }
+}
+
+/// Moves messages until the launcher is gone, then tells every sandbox's owner by closing its events.
+async fn drive(
+    inner: Arc<Inner>,
+    socket: AsyncPackets,
+    mut inbox: mpsc::UnboundedReceiver<Outgoing>,
+) -> LauncherGone {
+    let gone = tokio::select! {
+        gone = receive(&inner, &socket) => gone,
+        gone = transmit(&socket, &mut inbox) => gone,
+    };
+    let mut sandboxes = inner.sandboxes();
+    sandboxes.gone = true;
+    sandboxes.events.clear();
+    gone
+}
+
+async fn receive(inner: &Inner, socket: &AsyncPackets) -> LauncherGone {
+    let mut buffer = vec![0; MAX_PACKET];
+    loop {
+        match socket.recv::<FromLauncher>(&mut buffer).await {
+            Ok(message) => inner.dispatch(message),
+            Err(RecvError::Closed) => return LauncherGone(None),
+            Err(error) => return LauncherGone(Some(io::Error::other(error))),
+        }
+    }
+}
+
+async fn transmit(socket: &AsyncPackets, inbox: &mut mpsc::UnboundedReceiver<Outgoing>) -> LauncherGone {
+    // the sender's end lives as long as `inner`, which `drive` holds
+    while let Some((message, fds)) = inbox.recv().await {
+        if let Err(error) = socket.send(&message, &fds).await {
+            return LauncherGone(Some(error));
+        }
+    }
+    LauncherGone(None)
+}

@@ -1,0 +1,39 @@
+//! [`Packets`] with async waiting.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixDatagram as StdSocket;
+
+use holm_sandbox::wire::{self, Packets, RecvError};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::Interest;
+use tokio::net::UnixDatagram;
+
+/// One end of a packet socket, registered with the runtime.
+///
+/// The runtime has no type for `SOCK_SEQPACKET`; its datagram socket is used for nothing but to own the descriptor and
+/// wait for readiness, which does not depend on the socket's type.
+#[derive(Debug)]
+pub(super) struct AsyncPackets(UnixDatagram);
+
+impl AsyncPackets {
+    pub(super) fn register(packets: Packets) -> io::Result<Self> {
+        packets.set_nonblocking()?;
+        Ok(Self(UnixDatagram::from_std(StdSocket::from(OwnedFd::from(packets)))?))
+    }
+
+    /// Sends one packet when there is room for it.
+    pub(super) async fn send<T: Serialize>(&self, value: &T, fds: &[impl AsFd]) -> io::Result<()> {
+        self.0.async_io(Interest::WRITABLE, || wire::send(&self.0, value, fds)).await
+    }
+
+    /// Receives one packet without descriptors.
+    pub(super) async fn recv<T: DeserializeOwned>(&self, buffer: &mut [u8]) -> Result<T, RecvError> {
+        let received = self.0.async_io(Interest::READABLE, || match wire::recv::<T>(&self.0, buffer, |_| 0) {
+            Err(RecvError::Empty) => Err(io::ErrorKind::WouldBlock.into()),
+            other => Ok(other),
+        });
+        received.await.map_err(RecvError::Io)?.map(|received| received.value)
+    }
+}

@@ -1,0 +1,168 @@
+//! One sandbox from the server's side: launch, ready, job, end.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+
+use holm_runtime::invocation::{Invocation, Report};
+use holm_sandbox::LaunchError;
+use holm_sandbox::protocol::ToLauncher;
+use holm_sandbox::spec::{SandboxId, SandboxSpec};
+use holm_sandbox::usage::{Isolation, SandboxReport};
+use holm_sandbox::wire::{MAX_PACKET, Packets};
+use holm_sandbox::workload::JobMessage;
+use tokio::sync::mpsc;
+
+use super::packets::AsyncPackets;
+use super::{Event, Launcher};
+
+/// A sandbox that has been asked for. Killed when dropped before its end.
+#[derive(Debug)]
+pub struct Sandbox {
+    events: mpsc::Receiver<Event>,
+    channel: AsyncPackets,
+    killer: KillOnDrop,
+}
+
+/// The right to kill a sandbox, for those that watch over a part of it.
+#[derive(Clone, Debug)]
+pub struct Killer {
+    launcher: Launcher,
+    id: SandboxId,
+}
+
+#[derive(Debug)]
+struct KillOnDrop {
+    killer: Killer,
+    ended: bool,
+}
+
+/// A sandbox that could not be had. All are faults of the host, none the tenant's.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// A layer could not be applied, so nothing ran.
+    #[error("launch refused: {0}")]
+    Refused(#[source] LaunchError),
+    /// It ended before it was ready, by no step that it could name.
+    #[error("the sandbox ended before it was ready: {0:?}")]
+    Died(SandboxReport),
+    /// The launcher has ended.
+    #[error("the launcher is gone")]
+    LauncherGone,
+    /// A socket or pipe of the server's own failed.
+    #[error("connect to the sandbox")]
+    Io(#[from] io::Error),
+}
+
+impl Launcher {
+    /// Asks for a sandbox around `artifact`.
+    ///
+    /// # Errors
+    /// [`SandboxError::LauncherGone`], or the server has no descriptors left.
+    pub fn launch(&self, spec: SandboxSpec, artifact: File) -> Result<Sandbox, SandboxError> {
+        let (ours, theirs) = Packets::pair()?;
+        let channel = AsyncPackets::register(ours)?;
+        let (id, events) = self.register().ok_or(SandboxError::LauncherGone)?;
+        let killer = Killer { launcher: self.clone(), id };
+        self.send(ToLauncher::Launch { id, spec }, vec![theirs.into(), artifact.into()]);
+        Ok(Sandbox { events, channel, killer: KillOnDrop { killer, ended: false } })
+    }
+}
+
+impl Sandbox {
+    /// Waits until it is confined, and gives what the kernel says of its layers.
+    ///
+    /// # Errors
+    /// See [`SandboxError`].
+    pub async fn ready(&mut self) -> Result<Isolation, SandboxError> {
+        match self.events.recv().await {
+            Some(Event::Ready(isolation)) => Ok(*isolation),
+            Some(Event::Refused(error)) => {
+                self.killer.ended = true;
+                Err(SandboxError::Refused(error))
+            }
+            Some(Event::Ended(report)) => {
+                self.killer.ended = true;
+                Err(SandboxError::Died(report))
+            }
+            Some(Event::Started) | None => Err(SandboxError::LauncherGone),
+        }
+    }
+
+    /// Gives it its one job: the invocation, and its standard input, output and error.
+    ///
+    /// # Errors
+    /// The sandbox has died in the meantime.
+    pub async fn give(&self, invocation: &Invocation, stdio: [OwnedFd; 3]) -> Result<(), SandboxError> {
+        let payload = postcard::to_stdvec(invocation).map_err(io::Error::other)?;
+        let message = JobMessage { payload };
+        Ok(self.channel.send(&message, &stdio).await?)
+    }
+
+    /// Waits until tenant code starts. `Err` with the report if it never did.
+    ///
+    /// # Errors
+    /// The sandbox's end, or that of the launcher.
+    pub async fn started(&mut self) -> Result<(), Result<SandboxReport, SandboxError>> {
+        match self.events.recv().await {
+            Some(Event::Started) => Ok(()),
+            Some(Event::Ended(report)) => {
+                self.killer.ended = true;
+                Err(Ok(report))
+            }
+            Some(Event::Refused(error)) => {
+                self.killer.ended = true;
+                Err(Err(SandboxError::Refused(error)))
+            }
+            Some(Event::Ready(_)) | None => Err(Err(SandboxError::LauncherGone)),
+        }
+    }
+
+    /// Waits until every process of it is dead.
+    ///
+    /// # Errors
+    /// [`SandboxError::LauncherGone`].
+    pub async fn ended(&mut self) -> Result<SandboxReport, SandboxError> {
+        loop {
+            match self.events.recv().await {
+                Some(Event::Ended(report)) => {
+                    self.killer.ended = true;
+                    return Ok(report);
+                }
+                Some(Event::Refused(error)) => {
+                    self.killer.ended = true;
+                    return Err(SandboxError::Refused(error));
+                }
+                Some(Event::Ready(_) | Event::Started) => {}
+                None => return Err(SandboxError::LauncherGone),
+            }
+        }
+    }
+
+    /// What the sandbox says over its channel, once it is dead or has closed it. `None` if it said nothing, or
+    /// nothing that can be understood: it may have been taken over by what it ran.
+    pub async fn report(&self) -> Option<Report> {
+        self.channel.recv(&mut vec![0; MAX_PACKET]).await.ok()
+    }
+
+    /// A handle that can kill it.
+    #[must_use]
+    pub fn killer(&self) -> Killer {
+        self.killer.killer.clone()
+    }
+}
+
+impl Killer {
+    /// Kills every process of the sandbox, soon. Its end is told as always.
+    pub fn kill(&self) {
+        self.launcher.send(ToLauncher::Kill(self.id), Vec::new());
+    }
+}
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.killer.kill();
+        }
+    }
+}

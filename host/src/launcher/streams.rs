@@ -1,0 +1,235 @@
+//! A job's standard streams: pipes, and what is kept of what comes out of them.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use bytes::{Bytes, BytesMut};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::pipe;
+
+/// The most of an output that is held in memory. More goes to a file without a name in the data directory.
+const IN_MEMORY: usize = 256 * 1024;
+
+/// Bytes read at once: what a pipe holds by default.
+const READ: usize = 64 * 1024;
+
+/// The server's ends of a job's streams, and the job's own, to be sent to it.
+#[derive(Debug)]
+pub struct Stdio {
+    /// To write the input to.
+    pub stdin: pipe::Sender,
+    /// To read standard output from.
+    pub stdout: pipe::Receiver,
+    /// To read standard error from.
+    pub stderr: pipe::Receiver,
+    /// Standard input, output and error of the job.
+    pub theirs: [OwnedFd; 3],
+}
+
+impl Stdio {
+    /// Makes three pipes. The job's ends block, as programs expect; ours do not.
+    ///
+    /// # Errors
+    /// No descriptors are left.
+    pub fn make() -> io::Result<Self> {
+        let (stdin, to_stdin) = io::pipe()?;
+        let (from_stdout, stdout) = io::pipe()?;
+        let (from_stderr, stderr) = io::pipe()?;
+        Ok(Self {
+            stdin: pipe::Sender::from_owned_fd(non_blocking(to_stdin.into())?)?,
+            stdout: pipe::Receiver::from_owned_fd(non_blocking(from_stdout.into())?)?,
+            stderr: pipe::Receiver::from_owned_fd(non_blocking(from_stderr.into())?)?,
+            theirs: [stdin.into(), stdout.into(), stderr.into()],
+        })
+    }
+}
+
+fn non_blocking(fd: OwnedFd) -> io::Result<OwnedFd> {
+    fcntl(fd.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    Ok(fd)
+}
+
+/// Our own end of a stream failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    /// The pipe.
+    #[error("read the job's output")]
+    Read(#[source] io::Error),
+    /// The file that the output is kept in: the disk is full, for one.
+    #[error("keep the job's output")]
+    Keep(#[source] io::Error),
+}
+
+/// Reads one output stream to its end, keeping it up to a limit.
+#[derive(Debug)]
+pub struct Collector {
+    limit: u64,
+    keep: Keep,
+}
+
+#[derive(Debug)]
+enum Keep {
+    /// Everything, in memory or in a file in this directory.
+    All(PathBuf),
+    /// The last so many bytes.
+    Tail(usize),
+}
+
+/// What came out of a stream.
+#[derive(Debug)]
+pub struct Collected {
+    /// How many bytes came, the ones beyond the limit included as far as they were read.
+    pub bytes: u64,
+    /// What was kept.
+    pub content: Content,
+}
+
+/// Kept output.
+#[derive(Debug)]
+pub enum Content {
+    /// A small one.
+    Memory(Bytes),
+    /// A large one: a file that has no name and is gone when it is closed.
+    File(File),
+}
+
+impl Collector {
+    /// Keeps everything up to `limit` bytes; large outputs in unnamed files in `dir`.
+    #[must_use]
+    pub fn everything(limit: u64, dir: &Path) -> Self {
+        Self { limit, keep: Keep::All(dir.to_owned()) }
+    }
+
+    /// Keeps the last `bytes`.
+    #[must_use]
+    pub fn tail(limit: u64, bytes: usize) -> Self {
+        Self { limit, keep: Keep::Tail(bytes) }
+    }
+
+    /// Reads `stream` to its end. Calls `over` once when more than the limit has come; what comes after that is thrown
+    /// away, so that whoever still writes is not kept waiting.
+    ///
+    /// # Errors
+    /// See [`StreamError`].
+    pub async fn collect(self, mut stream: pipe::Receiver, over: impl FnOnce()) -> Result<Collected, StreamError> {
+        let mut over = Some(over);
+        let mut bytes: u64 = 0;
+        let mut kept = BytesMut::new();
+        let mut file: Option<tokio::fs::File> = None;
+        let mut buffer = BytesMut::with_capacity(READ);
+        loop {
+            buffer.clear();
+            let n = stream.read_buf(&mut buffer).await.map_err(StreamError::Read)?;
+            if n == 0 {
+                break;
+            }
+            bytes += n as u64;
+            if bytes > self.limit {
+                if let Some(over) = over.take() {
+                    over();
+                }
+                continue;
+            }
+            match (&self.keep, &mut file) {
+                (Keep::Tail(most), _) => keep_tail(&mut kept, &buffer, *most),
+                (Keep::All(_), Some(file)) => file.write_all(&buffer).await.map_err(StreamError::Keep)?,
+                (Keep::All(_), None) if kept.len() + n <= IN_MEMORY => kept.extend_from_slice(&buffer),
+                (Keep::All(dir), None) => {
+                    let mut spool = unnamed_file(dir.clone()).await.map_err(StreamError::Keep)?;
+                    spool.write_all(&kept).await.map_err(StreamError::Keep)?;
+                    spool.write_all(&buffer).await.map_err(StreamError::Keep)?;
+                    kept = BytesMut::new();
+                    file = Some(spool);
+                }
+            }
+        }
+        let content = match file {
+            None => Content::Memory(kept.freeze()),
+            Some(mut file) => {
+                file.flush().await.map_err(StreamError::Keep)?;
+                Content::File(file.into_std().await)
+            }
+        };
+        Ok(Collected { bytes, content })
+    }
+}
+
+fn keep_tail(kept: &mut BytesMut, new: &[u8], most: usize) {
+    kept.extend_from_slice(&new[new.len().saturating_sub(most)..]);
+    let surplus = kept.len().saturating_sub(most);
+    drop(kept.split_to(surplus));
+}
+
+async fn unnamed_file(dir: PathBuf) -> io::Result<tokio::fs::File> {
+    let make = move || {
+        use std::os::unix::fs::OpenOptionsExt;
+        let flags = OFlag::O_TMPFILE | OFlag::O_EXCL;
+        std::fs::OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(flags.bits()).open(dir)
+    };
+    let file = tokio::task::spawn_blocking(make).await.map_err(io::Error::other)??;
+    Ok(tokio::fs::File::from_std(file))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn collect(collector: Collector, chunks: Vec<Vec<u8>>) -> (Collected, bool) {
+        let Stdio { stdout, theirs: [_, writer, _], .. } = Stdio::make().unwrap();
+        let writer = std::thread::spawn(move || {
+            use std::io::Write;
+            let mut writer = File::from(writer);
+            chunks.iter().for_each(|chunk| writer.write_all(chunk).unwrap());
+        });
+        let mut over = false;
+        let collected = collector.collect(stdout, || over = true).await.unwrap();
+        writer.join().unwrap();
+        (collected, over)
+    }
+
+    fn content(collected: Collected) -> Vec<u8> {
+        use std::io::{Read, Seek};
+        match collected.content {
+            Content::Memory(bytes) => bytes.to_vec(),
+            Content::File(mut file) => {
+                let mut all = Vec::new();
+                file.rewind().unwrap();
+                file.read_to_end(&mut all).unwrap();
+                all
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn small_output_stays_in_memory_and_large_goes_to_a_file() {
+        let dir = tempfile::tempdir().unwrap();
+        for size in [0, 10, IN_MEMORY, IN_MEMORY + 1, 3_000_000] {
+            let data: Vec<u8> = (0..size).map(|i| (i % 251) as u8).collect();
+            let (collected, over) = collect(Collector::everything(4_000_000, dir.path()), vec![data.clone()]).await;
+            assert!(!over && collected.bytes == size as u64);
+            assert_eq!(matches!(collected.content, Content::Memory(_)), size <= IN_MEMORY, "{size}");
+            assert!(content(collected) == data, "{size}");
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "the files have no names");
+    }
+
+    #[tokio::test]
+    async fn exactly_the_limit_passes_and_one_more_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (collected, over) = collect(Collector::everything(1000, dir.path()), vec![vec![7; 1000]]).await;
+        assert!(!over && collected.bytes == 1000);
+        let (collected, over) = collect(Collector::everything(1000, dir.path()), vec![vec![7; 1001]]).await;
+        assert!(over && collected.bytes == 1001);
+    }
+
+    #[tokio::test]
+    async fn a_tail_is_the_last_bytes() {
+        let chunks = vec![b"hello ".to_vec(), b"wor".to_vec(), b"ld".to_vec()];
+        let (collected, over) = collect(Collector::tail(100, 5), chunks).await;
+        assert!(!over && collected.bytes == 11);
+        assert_eq!(content(collected), b"world");
+    }
+}

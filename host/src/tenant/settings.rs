@@ -1,0 +1,117 @@
+//! What an operator sets for a tenant: a JSON object, checked as a whole and stored as it was given.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Number, Value};
+use utoipa::ToSchema;
+
+use super::ceiling::CeilingSettings;
+use super::quota::Quota;
+use crate::limit::{Given, LimitError, Maximums};
+
+/// The body of `PUT /v1/tenants/{t}`. Every field may be left out.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct TenantSettings {
+    /// The ceiling over all of the tenant's jobs: `memory_bytes`, `cpu_cores`, `cpu_weight`, `pids`.
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    limits: Map<String, Value>,
+    /// What the tenant may have at once and in all.
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    quota: Map<String, Value>,
+    /// Limits of jobs that give none themselves.
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    job_defaults: Map<String, Value>,
+    /// The greatest limits that jobs may have.
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    job_maximums: Map<String, Value>,
+    /// Not available in this version.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    priority: Option<Value>,
+    /// Never recycle a network namespace. This version never does, so both values hold.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fresh_netns: Option<bool>,
+}
+
+/// Settings that cannot be taken.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum SettingsError {
+    /// Unknown fields or wrong types.
+    #[error("{0}")]
+    Malformed(String),
+    /// A value out of its range.
+    #[error("`{field}` is {given}, outside of {minimum} to {maximum}")]
+    OutOfRange {
+        /// The field's path.
+        field: String,
+        /// What was given.
+        given: Number,
+        /// The least allowed.
+        minimum: Value,
+        /// The greatest allowed.
+        maximum: Value,
+    },
+    /// A job limit that is wrong.
+    #[error("`{field}`: {error}")]
+    Limit {
+        /// `job_defaults` or `job_maximums`.
+        field: &'static str,
+        /// What is wrong.
+        error: LimitError,
+    },
+    /// A setting of the contract that this server cannot enforce.
+    #[error("`{field}` cannot be enforced by this server")]
+    NotAvailable {
+        /// The field's path.
+        field: String,
+    },
+}
+
+impl TenantSettings {
+    /// Checks every value.
+    ///
+    /// # Errors
+    /// The first that cannot be taken.
+    pub fn check(&self, server_maximums: &Given) -> Result<(), SettingsError> {
+        CeilingSettings::check(&self.limits)?;
+        Quota::check(&self.quota)?;
+        let server = Maximums::least_of(vec![server_maximums.clone()]);
+        let limit = |field| move |error| SettingsError::Limit { field, error };
+        let maximums = Given::read(&self.job_maximums, None, &server).map_err(limit("job_maximums"))?;
+        let own = Maximums::least_of(vec![server_maximums.clone(), maximums]);
+        Given::read(&self.job_defaults, None, &own).map_err(limit("job_defaults"))?;
+        if self.priority.is_some() {
+            return Err(SettingsError::NotAvailable { field: "priority".into() });
+        }
+        Ok(())
+    }
+
+    /// The quotas, with defaults for what is not set.
+    #[must_use]
+    pub fn quota(&self) -> Quota {
+        Quota::from_stored(&self.quota)
+    }
+
+    /// Whether the operator has set this quota.
+    #[must_use]
+    pub fn sets_quota(&self, word: &str) -> bool {
+        self.quota.contains_key(word)
+    }
+
+    /// The defaults of jobs.
+    #[must_use]
+    pub fn job_defaults(&self) -> Given {
+        Given::from_stored(&self.job_defaults)
+    }
+
+    /// The maximums of jobs.
+    #[must_use]
+    pub fn job_maximums(&self) -> Given {
+        Given::from_stored(&self.job_maximums)
+    }
+
+    /// The ceiling over all jobs.
+    #[must_use]
+    pub fn ceiling(&self) -> holm_sandbox::limits::Ceiling {
+        CeilingSettings::from_stored(&self.limits).ceiling()
+    }
+}
