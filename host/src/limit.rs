@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use nix::sys::resource::{Resource, getrlimit};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Number, Value};
 use utoipa::ToSchema;
@@ -163,6 +164,7 @@ impl Limit {
     pub fn maximum(self) -> u64 {
         match self {
             Self::CpuCores => host_cpus() * 1000,
+            Self::OpenFiles => self.row().maximum.min(hard_open_files()),
             _ => self.row().maximum,
         }
     }
@@ -211,6 +213,11 @@ impl Limit {
 
 fn host_cpus() -> u64 {
     std::thread::available_parallelism().map_or(1, |n| n.get() as u64)
+}
+
+/// The server's own hard limit: no job can have more, as nobody here may raise it.
+fn hard_open_files() -> u64 {
+    getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(_, hard)| hard)
 }
 
 /// Some limits, as a request, a plugin or a tenant gives them.

@@ -99,56 +99,46 @@ impl Sandbox {
         Ok(self.channel.send(&message, &stdio).await?)
     }
 
-    /// Waits until tenant code starts. `Err` with the report if it never did.
+    /// Follows it to its end. `started` is called when tenant code starts. Gives what the sandbox said of its run, and
+    /// what the kernel says: every process of it is dead then.
+    ///
+    /// What it said is `None` if it said nothing, or nothing that can be understood: it may have been taken over by
+    /// what it ran.
     ///
     /// # Errors
-    /// The sandbox's end, or that of the launcher.
-    pub async fn started(&mut self) -> Result<(), Result<SandboxReport, SandboxError>> {
-        match self.events.recv().await {
-            Some(Event::Started) => Ok(()),
-            Some(Event::Ended(report)) => {
-                self.killer.ended = true;
-                Err(Ok(report))
-            }
-            Some(Event::Refused(error)) => {
-                self.killer.ended = true;
-                Err(Err(SandboxError::Refused(error)))
-            }
-            Some(Event::Ready(_)) | None => Err(Err(SandboxError::LauncherGone)),
-        }
-    }
-
-    /// Waits until every process of it is dead.
-    ///
-    /// # Errors
-    /// [`SandboxError::LauncherGone`].
-    pub async fn ended(&mut self) -> Result<SandboxReport, SandboxError> {
-        loop {
-            match self.events.recv().await {
-                Some(Event::Ended(report)) => {
-                    self.killer.ended = true;
-                    return Ok(report);
-                }
-                Some(Event::Refused(error)) => {
-                    self.killer.ended = true;
-                    return Err(SandboxError::Refused(error));
-                }
-                Some(Event::Ready(_) | Event::Started) => {}
-                None => return Err(SandboxError::LauncherGone),
-            }
-        }
-    }
-
-    /// What the sandbox says over its channel, once it is dead or has closed it. `None` if it said nothing, or
-    /// nothing that can be understood: it may have been taken over by what it ran.
-    pub async fn report(&self) -> Option<Report> {
-        self.channel.recv(&mut vec![0; MAX_PACKET]).await.ok()
+    /// [`SandboxError::LauncherGone`], or [`SandboxError::Refused`] if it failed to take its job.
+    pub async fn run(&mut self, started: impl FnOnce()) -> Result<(Option<Report>, SandboxReport), SandboxError> {
+        let Self { events, channel, killer } = self;
+        let report = async { channel.recv(&mut vec![0; MAX_PACKET]).await.ok() };
+        let (report, end) = tokio::join!(report, follow(events, started));
+        killer.ended = !matches!(end, Err(SandboxError::LauncherGone));
+        Ok((report, end?))
     }
 
     /// A handle that can kill it.
     #[must_use]
     pub fn killer(&self) -> Killer {
         self.killer.killer.clone()
+    }
+}
+
+async fn follow(
+    events: &mut mpsc::Receiver<Event>,
+    started: impl FnOnce(),
+) -> Result<SandboxReport, SandboxError> {
+    let mut started = Some(started);
+    loop {
+        match events.recv().await {
+            Some(Event::Started) => {
+                if let Some(started) = started.take() {
+                    started();
+                }
+            }
+            Some(Event::Ended(report)) => return Ok(report),
+            Some(Event::Refused(error)) => return Err(SandboxError::Refused(error)),
+            Some(Event::Ready(_)) => {}
+            None => return Err(SandboxError::LauncherGone),
+        }
     }
 }
 

@@ -115,9 +115,9 @@ impl Compiler {
         running.give(&Invocation::default(), [stdin, theirs, stderr]).await.map_err(sandbox)?;
 
         let killer = running.killer();
-        let copied = copy_up_to(stdout, out.file(), self.limits.artifact_bytes, || killer.kill()).await;
-        let report = running.report().await;
-        let end = running.ended().await.map_err(sandbox)?;
+        let copy = copy_up_to(stdout, out.file(), self.limits.artifact_bytes, || killer.kill());
+        let (copied, ended) = tokio::join!(copy, running.run(|| {}));
+        let (report, end) = ended.map_err(sandbox)?;
         let written = copied.map_err(|error| host(error.into()))?;
         self.verdict(end, report, written)
     }

@@ -8,7 +8,7 @@ mod upload;
 pub use self::compile::{CompileError, CompileLimits, Compiler};
 pub use self::revision::{Hasher, Revision};
 pub use self::settings::{Interface, PluginSettings, PluginSettingsError, check_args, check_env};
-pub use self::upload::{ReadyArtifact, UploadError, prepare};
+pub use self::upload::{ReadyArtifact, Upload, UploadError, receive};
 
 use holm_sandbox::name::Name;
 use jiff::Timestamp;

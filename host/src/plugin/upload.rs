@@ -1,10 +1,8 @@
-//! From a stream of bytes to a revision that can run.
+//! From a stream of bytes to a revision that can run: received, inspected, then compiled if it has to be.
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use holm_runtime::artifact::{Format, FormatError, inspect};
-use holm_sandbox::limits::Ceiling;
-use holm_sandbox::name::Name;
 use object::ReadCache;
 use tokio::io::AsyncWriteExt;
 
@@ -12,8 +10,19 @@ use super::compile::{CompileError, Compiler};
 use super::revision::{Hasher, Revision};
 use crate::limit::Runtime;
 use crate::store::{ArtifactError, DataDir, RevisionFiles, TempFile};
+use crate::tenant::Tenant;
 
-/// An artifact that can run: inspected, compiled and linked where that is needed, on disk but not yet in its place.
+/// An artifact that has been received and is of a format that can run.
+#[derive(Debug)]
+pub struct Upload {
+    /// What will run it.
+    pub runtime: Runtime,
+    revision: Revision,
+    bytes: u64,
+    artifact: TempFile,
+}
+
+/// An artifact that can run: compiled and linked where that is needed, on disk but not yet in its place.
 #[derive(Debug)]
 pub struct ReadyArtifact {
     /// The digest of the bytes.
@@ -38,44 +47,19 @@ pub enum UploadError<E> {
     /// Not a format that can run.
     #[error("{0}")]
     Format(#[from] FormatError),
-    /// It does not compile or link.
-    #[error("{0}")]
-    Compile(#[from] CompileError),
-    /// A file could not be written.
+    /// A file could not be made.
     #[error("{0}")]
     Artifact(#[from] ArtifactError),
-    /// The same, without a name.
+    /// A file could not be written or read.
     #[error("write the upload")]
     Io(#[from] std::io::Error),
 }
 
-/// Receives an artifact and makes it ready to run for `tenant`. Nothing of it is visible until the store takes it.
+/// Receives an artifact of at most `most` bytes into a temporary file and tells what it is.
 ///
 /// # Errors
-/// See [`UploadError`]; the temporary files are gone then.
-pub async fn prepare<S, E>(
-    dir: &DataDir,
-    compiler: &Compiler,
-    (tenant, ceiling): (&Name, Ceiling),
-    max_bytes: u64,
-    body: S,
-) -> Result<ReadyArtifact, UploadError<E>>
-where
-    S: Stream<Item = Result<Bytes, E>> + Unpin,
-{
-    let (artifact, revision, bytes) = receive(dir, max_bytes, body).await?;
-    let format = inspect_file(&artifact).await?;
-    let (runtime, compiled) = match format {
-        Format::Elf => (Runtime::Native, None),
-        Format::Module | Format::Text => {
-            let compiled = compiler.compile(dir, tenant, ceiling, artifact.reopen()?).await?;
-            (Runtime::Wasm, Some((compiled, compiler.engine().to_owned())))
-        }
-    };
-    Ok(ReadyArtifact { revision, bytes, runtime, files: RevisionFiles { artifact, compiled } })
-}
-
-async fn receive<S, E>(dir: &DataDir, max_bytes: u64, mut body: S) -> Result<(TempFile, Revision, u64), UploadError<E>>
+/// See [`UploadError`]; the temporary file is gone then.
+pub async fn receive<S, E>(dir: &DataDir, most: u64, mut body: S) -> Result<Upload, UploadError<E>>
 where
     S: Stream<Item = Result<Bytes, E>> + Unpin,
 {
@@ -85,14 +69,18 @@ where
     while let Some(chunk) = body.next().await {
         let chunk = chunk.map_err(UploadError::Body)?;
         bytes += chunk.len() as u64;
-        if bytes > max_bytes {
-            return Err(UploadError::TooLarge(max_bytes));
+        if bytes > most {
+            return Err(UploadError::TooLarge(most));
         }
         hasher.update(&chunk);
         file.write_all(&chunk).await?;
     }
     file.flush().await?;
-    Ok((artifact, hasher.finish(), bytes))
+    let runtime = match inspect_file(&artifact).await? {
+        Format::Elf => Runtime::Native,
+        Format::Module | Format::Text => Runtime::Wasm,
+    };
+    Ok(Upload { runtime, revision: hasher.finish(), bytes, artifact })
 }
 
 /// Looks at an artifact's headers, on a thread that may block.
@@ -100,4 +88,28 @@ async fn inspect_file<E>(artifact: &TempFile) -> Result<Format, UploadError<E>> 
     let file = artifact.reopen()?;
     let look = move || inspect(&ReadCache::new(file));
     Ok(tokio::task::spawn_blocking(look).await.map_err(std::io::Error::other)??)
+}
+
+impl Upload {
+    /// Makes it ready to run for `tenant`. Nothing of it is visible until the store takes it.
+    ///
+    /// # Errors
+    /// See [`CompileError`]; the temporary files are gone then.
+    pub async fn make_ready(
+        self,
+        dir: &DataDir,
+        compiler: &Compiler,
+        tenant: &Tenant,
+    ) -> Result<ReadyArtifact, CompileError> {
+        let Self { runtime, revision, bytes, artifact } = self;
+        let compiled = match runtime {
+            Runtime::Native => None,
+            Runtime::Wasm => {
+                let source = artifact.reopen().map_err(|error| CompileError::Host(error.into()))?;
+                let compiled = compiler.compile(dir, tenant.name(), tenant.ceiling(), source).await?;
+                Some((compiled, compiler.engine().to_owned()))
+            }
+        };
+        Ok(ReadyArtifact { revision, bytes, runtime, files: RevisionFiles { artifact, compiled } })
+    }
 }

@@ -158,3 +158,13 @@ pub(crate) fn reset_signals() -> nix::Result<()> {
     }
     nix::sys::signal::SigSet::empty().thread_set_mask()
 }
+
+/// The version of Landlock that the kernel has. `ENOSYS` or `EOPNOTSUPP` without Landlock.
+pub(crate) fn landlock_abi() -> nix::Result<i64> {
+    const CREATE_RULESET_VERSION: libc::c_uint = 1; // LANDLOCK_CREATE_RULESET_VERSION, linux/landlock.h
+    // SAFETY: with this flag the kernel demands a null attribute of size 0, and only returns a number.
+    let ret = unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0_usize, CREATE_RULESET_VERSION)
+    };
+    check(ret)
+}

@@ -1,0 +1,99 @@
+//! `holm doctor`: what this machine can do, and how to mend what it cannot.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use clap::Args;
+use holm_sandbox::probe::{self, Check, Status, TrialError};
+use holm_sandbox::uids::LOCK_DIR;
+use serde_json::json;
+
+use super::serve::start_launcher;
+use super::{EX_OSERR, EX_UNAVAILABLE, Fatal, OrExit};
+use crate::store::DataDir;
+
+/// What to tell, and how.
+#[derive(Debug, Args)]
+pub(super) struct DoctorArgs {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// Where servers on this host agree about uids
+    #[arg(long, value_name = "DIR", default_value = LOCK_DIR, hide = true)]
+    lock_dir: PathBuf,
+}
+
+/// Looks at the machine and prints what it finds. 0 only if jobs can be fully isolated.
+pub(super) fn run(args: &DoctorArgs) -> Result<u8, Fatal> {
+    let mut checks = probe::machine(&args.lock_dir);
+    if checks.iter().all(|check| check.status != Status::Fail) {
+        checks.push(trial(args));
+    }
+    let good = checks.iter().all(|check| check.status != Status::Fail);
+    let text = if args.json {
+        let report = json!({"isolates": good, "checks": checks});
+        serde_json::to_string_pretty(&report).or_exit(EX_OSERR)?
+    } else {
+        table(&checks, good)
+    };
+    writeln!(io::stdout(), "{text}").or_exit(EX_OSERR)?;
+    Ok(if good { 0 } else { EX_UNAVAILABLE })
+}
+
+/// All layers together: a sandbox is made, read back from the kernel, and thrown away.
+fn trial(args: &DoctorArgs) -> Check {
+    let name = "trial sandbox";
+    match try_trial(args) {
+        Ok(namespaces) => Check {
+            name,
+            status: Status::Ok,
+            found: format!("every layer applied and read back from the kernel; {namespaces} new namespaces"),
+            mend: String::new(),
+        },
+        Err(error) => Check {
+            name,
+            status: Status::Fail,
+            found: format!("{error:#}"),
+            mend: "the step named is the layer that this kernel or container does not allow".into(),
+        },
+    }
+}
+
+fn try_trial(args: &DoctorArgs) -> anyhow::Result<usize> {
+    let temporary = std::env::temp_dir().join(format!("holm-doctor-{}", std::process::id()));
+    let result = in_directory(args, &temporary);
+    let _ = std::fs::remove_dir_all(&temporary);
+    result
+}
+
+fn in_directory(args: &DoctorArgs, temporary: &std::path::Path) -> anyhow::Result<usize> {
+    let dir = DataDir::hold(temporary)?;
+    let (launcher, mut child) = start_launcher(&args.lock_dir, &dir)?;
+    let result: Result<_, TrialError> = probe::trial(&launcher);
+    drop(launcher);
+    child.wait()?;
+    Ok(result?.namespaces.named().len())
+}
+
+fn table(checks: &[Check], good: bool) -> String {
+    let mut lines = Vec::new();
+    for check in checks {
+        let mark = match check.status {
+            Status::Ok => "ok  ",
+            Status::Warn => "warn",
+            Status::Fail => "FAIL",
+        };
+        lines.push(format!("{mark}  {:<14} {}", check.name, check.found));
+        if !check.mend.is_empty() {
+            lines.push(format!("      {:<14} to mend: {}", "", check.mend));
+        }
+    }
+    let verdict = if good {
+        "Jobs can be fully isolated on this machine."
+    } else {
+        "Jobs cannot be isolated on this machine; `holm serve` will refuse to start."
+    };
+    lines.push(String::new());
+    lines.push(verdict.to_owned());
+    lines.join("\n")
+}

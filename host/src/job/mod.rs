@@ -1,0 +1,250 @@
+//! Jobs: one run of a plugin each, from its submission to its record.
+
+mod outcome;
+mod record;
+mod registry;
+mod run;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::Stream;
+use holm_sandbox::name::Name;
+use jiff::Timestamp;
+use tokio::sync::oneshot;
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
+
+pub use self::outcome::{Outcome, Stop};
+pub use self::record::{IsolationRecord, JobRecord, State, UsageRecord};
+pub use self::registry::{FINISHED_KEPT, Selection};
+use self::registry::{Entry, Registry};
+use crate::admission::{Admission, AdmissionError};
+use crate::launcher::{Content, Launcher};
+use crate::limit::{Limits, Runtime};
+use crate::plugin::{Compiler, Plugin};
+use crate::store::{Store, open_if_there};
+use crate::tenant::Tenant;
+
+/// What a job is to do.
+#[derive(Clone, Debug)]
+pub struct JobRequest {
+    /// On whose behalf.
+    pub tenant: Tenant,
+    /// What runs.
+    pub plugin: Arc<Plugin>,
+    /// Within which limits.
+    pub limits: Limits,
+    /// Arguments, the program's own name not counted.
+    pub args: Vec<String>,
+    /// Environment, on top of what every job has.
+    pub env: BTreeMap<String, String>,
+    /// The input's media type; empty if none was given.
+    pub content_type: String,
+}
+
+/// What a job consumes: used up by its one run.
+pub struct Supply {
+    /// The plugin's open artifact.
+    pub artifact: Artifact,
+    /// The input.
+    pub input: Input,
+}
+
+/// A plugin's artifact, opened when the job was submitted: a revision that is replaced while its job waits still runs.
+#[derive(Debug)]
+pub enum Artifact {
+    /// It can be run as it is.
+    Runnable(File),
+    /// It was compiled on another engine or machine, and has to be again.
+    Source(File),
+}
+
+/// A job's input, as it arrives.
+pub type Input = Pin<Box<dyn Stream<Item = Result<Bytes, InputBroken>> + Send>>;
+
+/// The client went away, or sent too slowly, before its input was complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the input broke off")]
+pub struct InputBroken;
+
+impl fmt::Debug for Supply {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Supply").field("artifact", &self.artifact).finish_non_exhaustive()
+    }
+}
+
+/// A job that is over, with what it gave.
+#[derive(Debug)]
+pub struct Finished {
+    /// Its record.
+    pub record: JobRecord,
+    /// Its standard output.
+    pub output: Content,
+    /// The end of its standard error.
+    pub stderr_tail: Bytes,
+}
+
+/// A submitted job. Dropping it means that nobody waits for the job any more, and ends it.
+#[derive(Debug)]
+pub struct Submitted {
+    entry: Arc<Entry>,
+    done: oneshot::Receiver<Result<Finished, AdmissionError>>,
+}
+
+/// Runs jobs and knows of them. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Jobs(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    admission: Admission,
+    launcher: Launcher,
+    compiler: Arc<Compiler>,
+    store: Store,
+    registry: Registry,
+    tasks: TaskTracker,
+}
+
+impl Jobs {
+    /// With no job yet.
+    #[must_use]
+    pub fn new(admission: Admission, launcher: Launcher, compiler: Arc<Compiler>, store: Store) -> Self {
+        let (registry, tasks) = (Registry::default(), TaskTracker::new());
+        Self(Arc::new(Inner { admission, launcher, compiler, store, registry, tasks }))
+    }
+
+    /// Starts a job in a task of its own: whoever submitted it may go away at any moment without leaving half a launch
+    /// behind.
+    #[must_use]
+    pub fn submit(&self, request: JobRequest, supply: Supply) -> Submitted {
+        let entry = Arc::new(new_entry(&request));
+        self.0.registry.insert(entry.clone());
+        let (tell, done) = oneshot::channel();
+        let task = run::run(self.clone(), entry.clone(), request, supply);
+        self.0.tasks.spawn(async move {
+            // nobody waits any more: what it gave goes with it, the record stays
+            let _ = tell.send(task.await);
+        });
+        Submitted { entry, done }
+    }
+
+    /// Opens a plugin's artifact. `None` if this revision's files are gone: it has been replaced in the meantime.
+    ///
+    /// # Errors
+    /// Those of opening a file.
+    pub fn open(&self, plugin: &Plugin) -> io::Result<Option<Artifact>> {
+        let dir = self.0.store.dir();
+        let source = dir.artifact(&plugin.tenant, &plugin.revision);
+        if plugin.runtime == Runtime::Native {
+            return Ok(open_if_there(&source)?.map(Artifact::Runnable));
+        }
+        match open_if_there(&dir.compiled(self.0.compiler.engine(), &plugin.tenant, &plugin.revision))? {
+            Some(compiled) => Ok(Some(Artifact::Runnable(compiled))),
+            None => Ok(open_if_there(&source)?.map(Artifact::Source)),
+        }
+    }
+
+    /// The record of a job, with its tenant.
+    #[must_use]
+    pub fn record(&self, id: &Uuid) -> Option<(Name, JobRecord)> {
+        self.0.registry.get(id).map(|entry| (entry.tenant.clone(), entry.record()))
+    }
+
+    /// A tenant's jobs, newest first.
+    #[must_use]
+    pub fn list(&self, tenant: &Name, selection: &Selection) -> Vec<JobRecord> {
+        self.0.registry.list(tenant, selection)
+    }
+
+    /// Ends a job and waits until it is over. `None` if it was over already.
+    pub async fn cancel(&self, id: &Uuid) -> Option<JobRecord> {
+        let entry = self.0.registry.get(id)?;
+        if !entry.stop(Stop::Cancelled) {
+            return None;
+        }
+        entry.finished().await;
+        Some(entry.record())
+    }
+
+    /// Ends the jobs of a plugin, or all of a tenant's.
+    pub fn end_all_of(&self, tenant: &Name, plugin: Option<&Name>) {
+        for entry in self.0.registry.live(tenant, plugin) {
+            entry.stop(Stop::Cancelled);
+        }
+    }
+
+    /// Ends a deleted tenant's jobs and forgets them.
+    pub async fn forget(&self, tenant: &Name) {
+        let live = self.0.registry.live(tenant, None);
+        for entry in &live {
+            entry.stop(Stop::Cancelled);
+        }
+        for entry in &live {
+            entry.finished().await;
+        }
+        self.0.registry.forget(tenant);
+        self.0.admission.forget(tenant);
+    }
+
+    /// Waits until every job is over. New ones must be turned away before.
+    pub async fn idle(&self) {
+        self.0.tasks.close();
+        self.0.tasks.wait().await;
+    }
+
+    /// Ends every job because the server stops.
+    pub fn end_all(&self) {
+        for entry in self.0.registry.all_live() {
+            entry.stop(Stop::Draining);
+        }
+    }
+}
+
+fn new_entry(request: &JobRequest) -> Entry {
+    let (tenant, plugin) = (request.tenant.name(), &request.plugin);
+    let record = JobRecord {
+        id: Uuid::now_v7(),
+        tenant: tenant.to_string(),
+        plugin: plugin.name.to_string(),
+        revision: plugin.revision.to_string(),
+        state: State::Queued,
+        outcome: None,
+        attempt: 1,
+        created_at: Timestamp::now(),
+        started_at: None,
+        finished_at: None,
+        limits: request.limits.to_json(),
+        usage: UsageRecord::default(),
+        isolation: None,
+    };
+    Entry::new(tenant.clone(), plugin.name.clone(), record)
+}
+
+impl Submitted {
+    /// The job's id.
+    #[must_use]
+    pub fn id(&self) -> Uuid {
+        self.entry.id
+    }
+
+    /// Waits until the job is over.
+    ///
+    /// # Errors
+    /// It was never admitted.
+    pub async fn finished(mut self) -> Result<Finished, AdmissionError> {
+        // the task answers before it ends, and nobody aborts it
+        (&mut self.done).await.unwrap_or(Err(AdmissionError::Draining))
+    }
+}
+
+impl Drop for Submitted {
+    fn drop(&mut self) {
+        self.entry.stop(Stop::Cancelled);
+    }
+}

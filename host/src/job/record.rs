@@ -1,0 +1,172 @@
+//! The record of one job: what the API shows of it.
+
+use std::collections::BTreeMap;
+
+use holm_sandbox::usage::{Isolation, SandboxReport};
+use jiff::Timestamp;
+use serde::Serialize;
+use serde_json::{Map, Value};
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use super::outcome::Outcome;
+
+/// Where a job is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Waiting for a place.
+    Queued,
+    /// In a sandbox, or on its way into one.
+    Running,
+    /// Over.
+    Finished,
+}
+
+impl State {
+    /// The state of this name.
+    #[must_use]
+    pub fn from_word(word: &str) -> Option<Self> {
+        match word {
+            "queued" => Some(Self::Queued),
+            "running" => Some(Self::Running),
+            "finished" => Some(Self::Finished),
+            _ => None,
+        }
+    }
+}
+
+/// A job's record.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct JobRecord {
+    /// The job's id.
+    pub id: Uuid,
+    /// Whose it is.
+    pub tenant: String,
+    /// The plugin that runs.
+    pub plugin: String,
+    /// Its revision.
+    pub revision: String,
+    /// Where it is in its life.
+    pub state: State,
+    /// How it ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub outcome: Option<Outcome>,
+    /// Which run of it this is.
+    pub attempt: u32,
+    /// When the request came.
+    #[schema(value_type = String, format = DateTime)]
+    pub created_at: Timestamp,
+    /// When the plugin's code started.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub started_at: Option<Timestamp>,
+    /// When it was over.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub finished_at: Option<Timestamp>,
+    /// The limits that hold for it.
+    pub limits: Map<String, Value>,
+    /// What it used; complete once it is finished.
+    pub usage: UsageRecord,
+    /// The layers around it, read from the kernel.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub isolation: Option<IsolationRecord>,
+}
+
+/// What a job used. A figure that the kernel does not offer is absent, never 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
+pub struct UsageRecord {
+    /// Time spent waiting for a place.
+    pub queue_us: u64,
+    /// From having a place to the first instruction of the plugin.
+    pub launch_us: u64,
+    /// From there to the end.
+    pub wall_us: u64,
+    /// CPU time in user mode.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_user_us: Option<u64>,
+    /// CPU time in the kernel.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_system_us: Option<u64>,
+    /// Time held back by `cpu_cores`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_throttled_us: Option<u64>,
+    /// The most memory at once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_peak_bytes: Option<u64>,
+    /// The most processes and threads at once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pids_peak: Option<u64>,
+    /// WebAssembly work done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fuel_used: Option<u64>,
+    /// Bytes of input that the job was sent.
+    pub input_bytes: u64,
+    /// Bytes of standard output that came.
+    pub output_bytes: u64,
+}
+
+impl UsageRecord {
+    /// Fills in what the kernel counted.
+    pub(super) fn measure(&mut self, end: &SandboxReport) {
+        let usage = end.usage;
+        self.wall_us = usage.wall_us;
+        self.cpu_user_us = usage.cpu_user_us;
+        self.cpu_system_us = usage.cpu_system_us;
+        self.cpu_throttled_us = usage.cpu_throttled_us;
+        self.memory_peak_bytes = usage.memory_peak_bytes;
+        self.pids_peak = usage.pids_peak;
+    }
+}
+
+/// The layers around a job.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct IsolationRecord {
+    /// Inode numbers of its namespaces: `user`, `pid`, `mnt`, `uts`, `ipc`, `net`, `cgroup`.
+    pub namespaces: BTreeMap<&'static str, u64>,
+    /// `filter` when system calls are filtered.
+    pub seccomp: &'static str,
+    /// Whether no exec can give privilege.
+    pub no_new_privs: bool,
+    /// All five capability sets or-ed together, in hexadecimal.
+    pub capabilities: String,
+    /// Whether an open that only Landlock forbids was refused.
+    pub landlock: bool,
+    /// Inside id, host id, count. For the operator only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub uid_map: Option<String>,
+    /// The cgroup of each controller. For the operator only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cgroups: Option<BTreeMap<String, String>>,
+}
+
+impl From<Isolation> for IsolationRecord {
+    fn from(isolation: Isolation) -> Self {
+        Self {
+            namespaces: isolation.namespaces.named().into(),
+            seccomp: match isolation.seccomp {
+                0 => "disabled",
+                1 => "strict",
+                _ => "filter",
+            },
+            no_new_privs: isolation.no_new_privs,
+            capabilities: format!("{:x}", isolation.capabilities),
+            landlock: isolation.landlock,
+            uid_map: Some(isolation.uid_map),
+            cgroups: Some(isolation.cgroups),
+        }
+    }
+}
+
+impl JobRecord {
+    /// Without what only the operator may see.
+    #[must_use]
+    pub fn for_tenant(mut self) -> Self {
+        if let Some(isolation) = &mut self.isolation {
+            isolation.uid_map = None;
+            isolation.cgroups = None;
+        }
+        self
+    }
+}

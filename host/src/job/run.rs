@@ -1,0 +1,305 @@
+//! The life of one job, in its own task: admitted, launched, fed, read, judged, recorded.
+
+use std::fs::File;
+use std::future::pending;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use holm_runtime::invocation::{Invocation, Report};
+use holm_sandbox::spec::{Kind, SandboxSpec};
+use holm_sandbox::usage::{KillCause, SandboxReport};
+use jiff::Timestamp;
+use tokio::io::AsyncWriteExt;
+use tokio::net::unix::pipe;
+
+use super::outcome::{Evidence, Outcome, Stop, fuel_used};
+use super::record::{IsolationRecord, JobRecord, State, UsageRecord};
+use super::registry::Entry;
+use super::{Artifact, Finished, Input, JobRequest, Jobs, Supply};
+use crate::admission::{AdmissionError, Permit};
+use crate::launcher::{Collected, Collector, Content, Sandbox, SandboxError, Stdio, StreamError};
+use crate::limit::{Limit, Runtime};
+use crate::plugin::{CompileError, Plugin};
+use crate::store::ArtifactError;
+use crate::tenant::Tenant;
+
+/// What is kept of standard error.
+const STDERR_TAIL_BYTES: usize = 4096;
+
+/// How a job ended and what came out of it.
+struct End {
+    outcome: Outcome,
+    usage: UsageRecord,
+    output: Content,
+    stderr_tail: Bytes,
+}
+
+impl End {
+    /// The end of a job that never ran.
+    fn without_run(outcome: Outcome, usage: UsageRecord) -> Self {
+        Self { outcome, usage, output: Content::Memory(Bytes::new()), stderr_tail: Bytes::new() }
+    }
+}
+
+/// A job that the host could not run, or not to its end. The operator is told why; the tenant is told that it is lost.
+#[derive(Debug, thiserror::Error)]
+enum Fault {
+    #[error("sandbox: {0}")]
+    Sandbox(#[from] SandboxError),
+    #[error("streams: {0}")]
+    Stream(#[from] StreamError),
+    #[error("make the streams: {0}")]
+    Pipe(#[source] std::io::Error),
+    #[error("open the artifact: {0}")]
+    Artifact(#[from] ArtifactError),
+    #[error("compile the artifact again: {0}")]
+    Compile(#[from] CompileError),
+}
+
+/// Runs `request` to its end. The error is a job that was never admitted, and of which nothing remains.
+pub(super) async fn run(
+    jobs: Jobs,
+    entry: Arc<Entry>,
+    request: JobRequest,
+    supply: Supply,
+) -> Result<Finished, AdmissionError> {
+    let submitted = Instant::now();
+    let pids = request.limits.get(Limit::Pids) + u64::from(kind(request.plugin.runtime).own_pids());
+    let admitted = tokio::select! {
+        permit = jobs.0.admission.admit(&request.tenant, pids) => Some(permit),
+        () = entry.cancel.cancelled() => None,
+    };
+    let mut usage = UsageRecord { queue_us: micros(submitted), ..UsageRecord::default() };
+    let end = match admitted {
+        Some(Err(refusal)) => {
+            jobs.0.registry.withdraw(&entry);
+            return Err(refusal);
+        }
+        None => End::without_run(Outcome::Cancelled, usage),
+        Some(Ok(permit)) => {
+            entry.update(|record| record.state = State::Running);
+            match launch(&jobs, &entry, &request, supply, permit, &mut usage).await {
+                Ok(end) => end,
+                Err(fault) => {
+                    tracing::error!(job = %entry.id, tenant = %entry.tenant, plugin = %entry.plugin, %fault, "job lost");
+                    End::without_run(Outcome::Lost, usage)
+                }
+            }
+        }
+    };
+    let record = conclude(&jobs, &entry, &end);
+    Ok(Finished { record, output: end.output, stderr_tail: end.stderr_tail })
+}
+
+/// Writes the last state of the record, and the job's one line in the log.
+fn conclude(jobs: &Jobs, entry: &Entry, end: &End) -> JobRecord {
+    jobs.0.registry.finish(entry, |record| {
+        record.state = State::Finished;
+        record.outcome = Some(end.outcome.clone());
+        record.usage = end.usage;
+        record.finished_at = Some(Timestamp::now());
+    });
+    let usage = end.usage;
+    tracing::info!(
+        job = %entry.id, tenant = %entry.tenant, plugin = %entry.plugin,
+        outcome = end.outcome.kind(), limit = end.outcome.limit(),
+        queue_us = usage.queue_us, launch_us = usage.launch_us, wall_us = usage.wall_us,
+        cpu_user_us = usage.cpu_user_us, cpu_system_us = usage.cpu_system_us,
+        cpu_throttled_us = usage.cpu_throttled_us, memory_peak_bytes = usage.memory_peak_bytes,
+        pids_peak = usage.pids_peak, fuel_used = usage.fuel_used,
+        input_bytes = usage.input_bytes, output_bytes = usage.output_bytes,
+        "job finished"
+    );
+    entry.record()
+}
+
+/// Gets a sandbox and runs the job in it. Every process of the job is dead when this returns.
+async fn launch(
+    jobs: &Jobs,
+    entry: &Entry,
+    request: &JobRequest,
+    supply: Supply,
+    _permit: Permit,
+    usage: &mut UsageRecord,
+) -> Result<End, Fault> {
+    let asked = Instant::now();
+    let Supply { artifact, input } = supply;
+    let artifact = runnable(jobs, &request.tenant, &request.plugin, artifact).await?;
+    let mut sandbox = jobs.0.launcher.launch(spec(request), artifact)?;
+    let ready = tokio::select! {
+        ready = sandbox.ready() => ready,
+        () = entry.cancel.cancelled() => return Ok(End::without_run(Outcome::Cancelled, *usage)),
+    };
+    let isolation = match ready {
+        Ok(isolation) => isolation,
+        // its own limit was too small to even begin
+        Err(SandboxError::Died(report)) if report.killed == Some(KillCause::Memory) => {
+            usage.measure(&report);
+            return Ok(End::without_run(judge(request, &report, None, None, 0), *usage));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    entry.update(|record| record.isolation = Some(IsolationRecord::from(isolation)));
+    run_in(jobs, entry, request, input, (sandbox, asked), usage).await
+}
+
+/// Gives a ready sandbox its job and follows it to the end.
+async fn run_in(
+    jobs: &Jobs,
+    entry: &Entry,
+    request: &JobRequest,
+    input: Input,
+    (mut sandbox, asked): (Sandbox, Instant),
+    usage: &mut UsageRecord,
+) -> Result<End, Fault> {
+    let Stdio { stdin, stdout, stderr, theirs } = Stdio::make().map_err(Fault::Pipe)?;
+    sandbox.give(&invocation(entry, request), theirs).await?;
+
+    let killer = sandbox.killer();
+    let stop = |why: Stop| {
+        // the first reason stands; killing twice does no harm
+        let _ = entry.stop.set(why);
+        killer.kill();
+    };
+    let limit = request.limits.get(Limit::OutputBytes);
+    let spool = jobs.0.store.dir().tmp();
+    let out = watched(Collector::everything(limit, &spool), stdout, &stop);
+    let err = watched(Collector::tail(limit, STDERR_TAIL_BYTES), stderr, &stop);
+    let mut launch_us = None;
+    let life = sandbox.run(|| {
+        launch_us = Some(micros(asked));
+        entry.update(|record| record.started_at = Some(Timestamp::now()));
+    });
+    let mut fed = 0;
+    let input_limit = request.limits.get(Limit::InputBytes);
+    let feed = async {
+        if let Err(why) = feed(input, stdin, input_limit, &mut fed).await {
+            stop(why);
+        }
+        pending::<()>().await;
+    };
+    let cancel = async {
+        entry.cancel.cancelled().await;
+        killer.kill();
+        pending::<()>().await;
+    };
+    let (life, out, err) = tokio::select! {
+        ended = async { tokio::join!(life, out, err) } => ended,
+        // neither of these two ends: they only last as long as the job
+        () = async { tokio::join!(feed, cancel); } => unreachable!("the watchers wait for ever"),
+    };
+    let (report, end) = life?;
+    let (out, err): (Collected, Collected) = (out?, err?);
+
+    usage.measure(&end);
+    usage.launch_us = launch_us.unwrap_or_else(|| micros(asked));
+    usage.input_bytes = fed;
+    usage.output_bytes = out.bytes;
+    usage.fuel_used = fuel_used(request.plugin.runtime, &request.limits, report.as_ref());
+    let longer = out.bytes.max(err.bytes);
+    let outcome = judge(request, &end, report.as_ref(), entry.stop.get().copied(), longer);
+    let Content::Memory(stderr_tail) = err.content else { unreachable!("a tail is kept in memory") };
+    Ok(End { outcome, usage: *usage, output: out.content, stderr_tail })
+}
+
+fn judge(
+    request: &JobRequest,
+    end: &SandboxReport,
+    report: Option<&Report>,
+    stop: Option<Stop>,
+    output_bytes: u64,
+) -> Outcome {
+    let (runtime, limits) = (request.plugin.runtime, &request.limits);
+    Evidence { runtime, limits, end, report, stop, output_bytes }.outcome()
+}
+
+/// Collects a stream; a stream that is too long, or cannot be kept, ends the job.
+async fn watched(
+    collector: Collector,
+    stream: pipe::Receiver,
+    stop: &impl Fn(Stop),
+) -> Result<Collected, StreamError> {
+    let collected = collector.collect(stream, || stop(Stop::OutputOver)).await;
+    if collected.is_err() {
+        stop(Stop::HostFailed);
+    }
+    collected
+}
+
+/// Copies the input to the job as it arrives. The error is why the job must end.
+async fn feed(mut input: Input, mut stdin: pipe::Sender, limit: u64, fed: &mut u64) -> Result<(), Stop> {
+    while let Some(chunk) = input.next().await {
+        let chunk = chunk.map_err(|_| Stop::InputBroken)?;
+        let total = *fed + chunk.len() as u64;
+        if total > limit {
+            return Err(Stop::InputOver(total));
+        }
+        *fed = total;
+        if stdin.write_all(&chunk).await.is_err() {
+            // the job has closed its input, as `head` does: what comes now is nobody's
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+/// What the sandbox is to run. A module that was compiled on another engine or machine is compiled again.
+async fn runnable(jobs: &Jobs, tenant: &Tenant, plugin: &Plugin, artifact: Artifact) -> Result<File, Fault> {
+    let source = match artifact {
+        Artifact::Runnable(file) => return Ok(file),
+        Artifact::Source(file) => file,
+    };
+    let (compiler, dir) = (&jobs.0.compiler, jobs.0.store.dir());
+    let made = compiler.compile(dir, tenant.name(), tenant.ceiling(), source).await?;
+    let file = made.reopen()?;
+    let (name, engine) = (tenant.name().clone(), compiler.engine().to_owned());
+    if let Err(error) = jobs.0.store.keep_compiled(name, plugin.revision, made, engine).await {
+        // this job has its file; the next one tries again
+        tracing::warn!(tenant = %tenant.name(), revision = %plugin.revision, %error, "a compiled module was not kept");
+    }
+    Ok(file)
+}
+
+fn kind(runtime: Runtime) -> Kind {
+    match runtime {
+        Runtime::Native => Kind::Native,
+        Runtime::Wasm => Kind::Wasm,
+    }
+}
+
+fn spec(request: &JobRequest) -> SandboxSpec {
+    SandboxSpec {
+        tenant: request.tenant.name().clone(),
+        ceiling: request.tenant.ceiling(),
+        kind: kind(request.plugin.runtime),
+        program: request.plugin.name.clone(),
+        limits: request.limits.for_sandbox(),
+    }
+}
+
+/// Arguments, environment and fuel. The job's own variables come last, so that nothing can stand in their place.
+fn invocation(entry: &Entry, request: &JobRequest) -> Invocation {
+    let host = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+    let mut env = std::collections::BTreeMap::from([
+        host("PATH", "/bin"),
+        host("HOME", "/tmp"),
+        host("TMPDIR", "/tmp"),
+        host("LANG", "C.UTF-8"),
+    ]);
+    env.extend(request.env.clone());
+    env.extend([
+        host("HOLM_JOB_ID", &entry.id.to_string()),
+        host("HOLM_TENANT", entry.tenant.as_str()),
+        host("HOLM_PLUGIN", entry.plugin.as_str()),
+        host("HOLM_CONTENT_TYPE", &request.content_type),
+    ]);
+    let mut args = vec![entry.plugin.to_string()];
+    args.extend(request.args.clone());
+    Invocation { args, env: env.into_iter().collect(), fuel: request.limits.get(Limit::Fuel) }
+}
+
+fn micros(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,178 @@
+//! What every route has at hand.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use axum::extract::{FromRequestParts, Path};
+use axum::http::HeaderMap;
+use axum::http::header::AUTHORIZATION;
+use axum::http::request::Parts;
+use holm_sandbox::name::Name;
+use serde::de::DeserializeOwned;
+
+use super::connection::ConnectionRules;
+use super::problem::{Code, Problem};
+use crate::admission::Admission;
+use crate::job::Jobs;
+use crate::launcher::Launcher;
+use crate::limit::Given;
+use crate::plugin::Compiler;
+use crate::store::Store;
+use crate::tenant::{AuthError, Caller, KeyHash, OperatorKey, Tenant};
+
+/// The parts of a running server. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct App(Arc<AppParts>);
+
+/// See [`App`].
+#[derive(Debug)]
+pub struct AppParts {
+    /// Tenants, keys, plugins.
+    pub store: Store,
+    /// Jobs.
+    pub jobs: Jobs,
+    /// Who may run.
+    pub admission: Admission,
+    /// The privileged end.
+    pub launcher: Launcher,
+    /// Compiles uploads.
+    pub compiler: Arc<Compiler>,
+    /// The operator's key.
+    pub operator: OperatorKey,
+    /// Defaults of jobs, below the tenant's.
+    pub job_defaults: Given,
+    /// Maximums of jobs, above the tenant's.
+    pub job_maximums: Given,
+    /// Time-outs and caps.
+    pub connections: ConnectionRules,
+    /// Set when the server is about to stop.
+    pub draining: AtomicBool,
+}
+
+impl std::ops::Deref for App {
+    type Target = AppParts;
+    fn deref(&self) -> &AppParts {
+        &self.0
+    }
+}
+
+impl App {
+    /// Puts the parts together.
+    #[must_use]
+    pub fn new(parts: AppParts) -> Self {
+        Self(Arc::new(parts))
+    }
+
+    /// Whether the server is about to stop.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    /// The tenant that a path names, for a caller that may act for it.
+    ///
+    /// # Errors
+    /// 404 for everybody who may not, 429 for a tenant that asks too often.
+    pub fn tenant(&self, caller: &Caller, name: &str) -> Result<Tenant, Problem> {
+        let row = name.parse::<Name>().ok().and_then(|name| self.store.tenant(&name));
+        let tenant = caller.tenant(row)?;
+        if matches!(caller, Caller::Tenant(_)) {
+            self.admission.count_request(&tenant)?;
+        }
+        Ok(tenant)
+    }
+
+    /// Passes the operator, for a route on a tenant that need not exist. What a tenant's key may not see is 404 for
+    /// it, before it is 403.
+    ///
+    /// # Errors
+    /// 404, 403, or 422 for a name that no tenant can have.
+    pub fn operator_on(&self, caller: &Caller, name: &str) -> Result<Name, Problem> {
+        let parsed = name.parse::<Name>();
+        if !parsed.as_ref().is_ok_and(|name| caller.sees(name)) && *caller != Caller::Operator {
+            return Err(AuthError::NotFound.into());
+        }
+        caller.operator()?;
+        parsed.map_err(|error| invalid_name(&error))
+    }
+}
+
+/// A name that cannot be used.
+pub(super) fn invalid_name(error: &holm_sandbox::name::NameError) -> Problem {
+    Problem::new(Code::InvalidName, error.to_string())
+}
+
+impl FromRequestParts<App> for Caller {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
+        let presented = presented_key(&parts.headers).ok_or(AuthError::Unauthenticated)?;
+        let hash = KeyHash::of(presented);
+        if app.operator.matches(&hash) {
+            return Ok(Self::Operator);
+        }
+        let key = app.store.key(&hash).ok_or(AuthError::Unauthenticated)?;
+        Ok(Self::Tenant(key.tenant))
+    }
+}
+
+/// The key in `Authorization: Bearer …`, if there is exactly one such header.
+fn presented_key(headers: &HeaderMap) -> Option<&str> {
+    let mut values = headers.get_all(AUTHORIZATION).iter();
+    let (Some(value), None) = (values.next(), values.next()) else { return None };
+    let (scheme, key) = value.to_str().ok()?.split_once(' ')?;
+    let key = key.trim_matches(' ');
+    (scheme.eq_ignore_ascii_case("bearer") && !key.is_empty()).then_some(key)
+}
+
+/// Path parameters. What does not decode names nothing.
+#[derive(Debug)]
+pub(super) struct Params<T>(pub(super) T);
+
+impl<T: DeserializeOwned + Send> FromRequestParts<App> for Params<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
+        match Path::<T>::from_request_parts(parts, app).await {
+            Ok(Path(params)) => Ok(Self(params)),
+            Err(_) => Err(Problem::not_found()),
+        }
+    }
+}
+
+/// Query parameters, strictly: an unknown or malformed one is an error.
+#[derive(Debug)]
+pub(super) struct Query<T>(pub(super) T);
+
+impl<T: DeserializeOwned + Send> FromRequestParts<App> for Query<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
+        match axum::extract::Query::<T>::from_request_parts(parts, app).await {
+            Ok(axum::extract::Query(query)) => Ok(Self(query)),
+            Err(error) => Err(Problem::malformed(format!("query: {error}"))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(values: &[&str]) -> Option<String> {
+        let mut headers = HeaderMap::new();
+        for value in values {
+            headers.append(AUTHORIZATION, value.parse().unwrap());
+        }
+        presented_key(&headers).map(str::to_owned)
+    }
+
+    #[test]
+    fn one_bearer_key_and_no_other_is_taken() {
+        assert_eq!(key(&["Bearer abc"]).as_deref(), Some("abc"));
+        assert_eq!(key(&["bearer  abc "]).as_deref(), Some("abc"));
+        for bad in [&["Basic abc"][..], &["Bearer"], &["Bearer "], &["abc"], &[], &["Bearer a", "Bearer a"]] {
+            assert_eq!(key(bad), None, "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,302 @@
+//! Plugins: uploaded, set up and deleted by their tenant.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use jiff::Timestamp;
+use multer::{Constraints, Multipart, SizeLimit};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use utoipa::{IntoParams, ToSchema};
+
+use super::tenants::patched;
+use crate::limit::{Limits, Runtime};
+use crate::plugin::{CompileError, Interface, Plugin, PluginSettings, Upload, UploadError, receive};
+use crate::server::app::{App, Params, Query, invalid_name};
+use crate::server::body::{BodyError, PacedBody, parse_object, read_json, refuse_encoding, refuse_longer_than, too_large};
+use crate::server::conditions::{Conditions, etag, etag_header};
+use crate::server::problem::{Code, Problem};
+use crate::store::{Change, Precondition, StoreError};
+use crate::tenant::{Caller, QuotaKey, Tenant};
+
+/// The longest manifest.
+const MAX_MANIFEST_BYTES: u64 = 1024 * 1024;
+
+/// What the boundaries and headers of a multipart body may add to its parts.
+const MULTIPART_OVERHEAD_BYTES: u64 = 64 * 1024;
+
+/// A plugin.
+#[derive(Serialize, ToSchema)]
+struct PluginView {
+    /// Its name.
+    name: String,
+    /// The digest of the uploaded bytes.
+    revision: String,
+    /// What runs it.
+    runtime: Runtime,
+    /// Length of the uploaded bytes.
+    bytes: u64,
+    #[serde(flatten)]
+    settings: PluginSettings,
+    /// The limits of a job that gives none.
+    #[schema(value_type = Object)]
+    effective_limits: Map<String, Value>,
+    /// When the name was first uploaded to.
+    #[schema(value_type = String, format = DateTime)]
+    created_at: Timestamp,
+    /// When the revision or a setting last changed.
+    #[schema(value_type = String, format = DateTime)]
+    updated_at: Timestamp,
+}
+
+/// A tenant's plugins.
+#[derive(Serialize, ToSchema)]
+struct PluginList {
+    plugins: Vec<PluginView>,
+}
+
+/// Settings that may stand in the URI of an upload.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+pub(super) struct UploadQuery {
+    /// How the plugin is called.
+    interface: Option<Interface>,
+    /// Whether `/fn` may be called without a key.
+    public: Option<bool>,
+}
+
+/// Lists a tenant's plugins.
+#[utoipa::path(get, path = "/v1/tenants/{t}/plugins", params(("t" = String, Path, description = "the tenant")),
+    responses((status = 200, body = inline(PluginList))))]
+pub(super) async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    Params(tenant): Params<String>,
+) -> Result<Response, Problem> {
+    let tenant = app.tenant(&caller, &tenant)?;
+    let plugins = app.store.plugins(tenant.name()).iter().map(|plugin| view(&app, &tenant, plugin)).collect();
+    Ok(Json(PluginList { plugins }).into_response())
+}
+
+/// A plugin's settings.
+#[utoipa::path(get, path = "/v1/tenants/{t}/plugins/{p}",
+    params(("t" = String, Path, description = "the tenant"), ("p" = String, Path, description = "the plugin")),
+    responses((status = 200, body = inline(PluginView))))]
+pub(super) async fn get(
+    State(app): State<App>,
+    caller: Caller,
+    Params((tenant, name)): Params<(String, String)>,
+) -> Result<Response, Problem> {
+    let tenant = app.tenant(&caller, &tenant)?;
+    let plugin = existing(&app, &tenant, &name)?;
+    Ok(answer(&app, StatusCode::OK, &tenant, &plugin))
+}
+
+/// Uploads a plugin. It can run when this answers with 200 or 201; otherwise the old revision stays.
+#[utoipa::path(put, path = "/v1/tenants/{t}/plugins/{p}", params(
+        ("t" = String, Path, description = "the tenant"), ("p" = String, Path, description = "the plugin"), UploadQuery),
+    request_body(content = Vec<u8>, content_type = "application/octet-stream",
+        description = "an ELF program, a WebAssembly module or WebAssembly text; or multipart/form-data with the parts `artifact` and `manifest`"),
+    responses((status = 201, body = inline(PluginView)), (status = 200, body = inline(PluginView))))]
+pub(super) async fn put(
+    State(app): State<App>,
+    caller: Caller,
+    Params((tenant, name)): Params<(String, String)>,
+    Query(query): Query<UploadQuery>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Problem> {
+    let tenant = app.tenant(&caller, &tenant)?;
+    let name = name.parse().map_err(|error| invalid_name(&error))?;
+    let conditions = Conditions::of(&headers)?;
+    let now = app.store.plugin(tenant.name(), &name);
+    let allowed = precondition(conditions);
+    let (upload, manifest) = receive_upload(&app, &tenant, &headers, body).await?;
+
+    // an artifact alone keeps what was set before; a manifest is the whole of what is set
+    let mut settings = manifest.or_else(|| now.map(|now| now.settings.clone())).unwrap_or_default();
+    settings.interface = query.interface.unwrap_or(settings.interface);
+    settings.public = query.public.unwrap_or(settings.public);
+    settings.check(upload.runtime, &tenant.job_maximums(&app.job_maximums))?;
+
+    let ready = upload.make_ready(app.store.dir(), &app.compiler, &tenant).await.map_err(not_ready)?;
+    let updated_at = Timestamp::now();
+    let plugin = Plugin {
+        tenant: tenant.name().clone(),
+        name,
+        revision: ready.revision,
+        runtime: ready.runtime,
+        bytes: ready.bytes,
+        settings,
+        created_at: updated_at,
+        updated_at,
+    };
+    let most = tenant.quota().count(QuotaKey::Plugins);
+    let (owner, name) = (plugin.tenant.clone(), plugin.name.clone());
+    let change = app.store.put_plugin(plugin, ready.files, most, allowed).await?;
+    let status = if change == Change::Created { StatusCode::CREATED } else { StatusCode::OK };
+    let stored = app.store.plugin(&owner, &name).ok_or(StoreError::NoPlugin)?;
+    Ok(answer(&app, status, &tenant, &stored))
+}
+
+/// Changes some settings; `null` restores a default.
+#[utoipa::path(patch, path = "/v1/tenants/{t}/plugins/{p}",
+    params(("t" = String, Path, description = "the tenant"), ("p" = String, Path, description = "the plugin")),
+    request_body = inline(PluginSettings), responses((status = 200, body = inline(PluginView))))]
+pub(super) async fn patch(
+    State(app): State<App>,
+    caller: Caller,
+    Params((tenant, name)): Params<(String, String)>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Problem> {
+    let tenant = app.tenant(&caller, &tenant)?;
+    let now = existing(&app, &tenant, &name)?;
+    let conditions = Conditions::of(&headers)?;
+    let patch: Map<String, Value> = read_json(&headers, body, app.connections.reading).await?;
+    let settings: PluginSettings = patched(&now.settings, patch)?;
+    settings.check(now.runtime, &tenant.job_maximums(&app.job_maximums))?;
+    let plugin = Plugin { settings, updated_at: Timestamp::now(), ..(*now).clone() };
+    // what was patched must still be there, whatever else the request demands
+    let seen = plugin_etag(&now);
+    let allowed: Precondition<Plugin> = Box::new(move |plugin| {
+        let tag = plugin.map(plugin_etag);
+        tag.as_ref() == Some(&seen) && conditions.hold(tag.as_deref())
+    });
+    app.store.set_plugin(plugin.clone(), allowed).await?;
+    Ok(answer(&app, StatusCode::OK, &tenant, &plugin))
+}
+
+/// Deletes a plugin; its running jobs are ended.
+#[utoipa::path(delete, path = "/v1/tenants/{t}/plugins/{p}",
+    params(("t" = String, Path, description = "the tenant"), ("p" = String, Path, description = "the plugin")),
+    responses((status = 204, description = "deleted")))]
+pub(super) async fn delete(
+    State(app): State<App>,
+    caller: Caller,
+    Params((tenant, name)): Params<(String, String)>,
+    headers: HeaderMap,
+) -> Result<StatusCode, Problem> {
+    let tenant = app.tenant(&caller, &tenant)?;
+    let now = existing(&app, &tenant, &name)?;
+    let allowed = precondition(Conditions::of(&headers)?);
+    app.store.delete_plugin(now.tenant.clone(), now.name.clone(), allowed).await?;
+    app.jobs.end_all_of(&now.tenant, Some(&now.name));
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// A plugin of the tenant.
+pub(super) fn existing(app: &App, tenant: &Tenant, name: &str) -> Result<Arc<Plugin>, Problem> {
+    let plugin = name.parse().ok().and_then(|name| app.store.plugin(tenant.name(), &name));
+    plugin.ok_or_else(Problem::not_found)
+}
+
+/// Receives the artifact, and the manifest if there is one.
+async fn receive_upload(
+    app: &App,
+    tenant: &Tenant,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<(Upload, Option<PluginSettings>), Problem> {
+    refuse_encoding(headers)?;
+    let most = tenant.quota().get(QuotaKey::ArtifactBytes);
+    let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let Ok(boundary) = multer::parse_boundary(content_type) else {
+        refuse_longer_than(headers, most)?;
+        let body = PacedBody::new(body, app.connections.reading);
+        let upload = receive(app.store.dir(), most, body).await.map_err(|error| not_received(error, Problem::from))?;
+        return Ok((upload, None));
+    };
+    let whole = most + MAX_MANIFEST_BYTES + MULTIPART_OVERHEAD_BYTES;
+    refuse_longer_than(headers, whole)?;
+    let sizes = SizeLimit::new().whole_stream(whole).for_field("manifest", MAX_MANIFEST_BYTES);
+    let constraints = Constraints::new().allowed_fields(vec!["artifact", "manifest"]).size_limit(sizes);
+    let body = PacedBody::new(body, app.connections.reading);
+    let mut parts = Multipart::with_constraints(body, boundary, constraints);
+    let (mut upload, mut manifest) = (None, None);
+    while let Some(part) = parts.next_field().await.map_err(broken_multipart)? {
+        match part.name() {
+            Some("artifact") if upload.is_none() => {
+                let received = receive(app.store.dir(), most, part).await;
+                upload = Some(received.map_err(|error| not_received(error, broken_multipart))?);
+            }
+            Some("manifest") if manifest.is_none() => {
+                let bytes = part.bytes().await.map_err(broken_multipart)?;
+                manifest = Some(parse_object::<PluginSettings>(&bytes)?);
+            }
+            _ => return Err(Problem::malformed("multipart: the parts are one `artifact` and at most one `manifest`")),
+        }
+    }
+    let upload = upload.ok_or_else(|| Problem::malformed("multipart: the part `artifact` is missing"))?;
+    Ok((upload, manifest))
+}
+
+fn broken_multipart(error: multer::Error) -> Problem {
+    match error {
+        multer::Error::FieldSizeExceeded { limit, .. } | multer::Error::StreamSizeExceeded { limit } => too_large(limit),
+        multer::Error::StreamReadFailed(source) => match source.downcast_ref::<BodyError>() {
+            Some(error) => (*error).into(),
+            None => Problem::malformed("the body broke off"),
+        },
+        other => Problem::malformed(format!("multipart: {other}")),
+    }
+}
+
+fn not_received<E>(error: UploadError<E>, broken: impl FnOnce(E) -> Problem) -> Problem {
+    match error {
+        UploadError::Body(error) => broken(error),
+        UploadError::TooLarge(most) => too_large(most),
+        UploadError::Format(error) => invalid_artifact(error.to_string()),
+        UploadError::Artifact(error) => Problem::internal(&error),
+        UploadError::Io(error) => Problem::internal(&error),
+    }
+}
+
+fn not_ready(error: CompileError) -> Problem {
+    match error {
+        CompileError::Invalid(_) | CompileError::OverLimit(_) => invalid_artifact(error.to_string()),
+        CompileError::Busy => Problem::new(Code::ServerFull, error.to_string()).retry_after(2),
+        CompileError::Host(_) => Problem::internal(&error),
+    }
+}
+
+fn invalid_artifact(detail: String) -> Problem {
+    Problem::new(Code::InvalidArtifact, detail)
+}
+
+fn precondition(conditions: Conditions) -> Precondition<Plugin> {
+    Box::new(move |plugin| conditions.hold(plugin.map(plugin_etag).as_deref()))
+}
+
+fn plugin_etag(plugin: &Plugin) -> String {
+    etag(&BTreeMap::from([
+        ("revision", plugin.revision.to_string()),
+        ("settings", serde_json::to_string(&plugin.settings).unwrap_or_default()),
+        ("created_at", plugin.created_at.to_string()),
+    ]))
+}
+
+fn answer(app: &App, status: StatusCode, tenant: &Tenant, plugin: &Plugin) -> Response {
+    let tag = [(header::ETAG, etag_header(&plugin_etag(plugin)))];
+    (status, tag, Json(view(app, tenant, plugin))).into_response()
+}
+
+fn view(app: &App, tenant: &Tenant, plugin: &Plugin) -> PluginView {
+    let sources = [&plugin.limits(), &tenant.job_defaults(), &app.job_defaults];
+    let limits = Limits::resolve(plugin.runtime, &sources, &tenant.job_maximums(&app.job_maximums));
+    PluginView {
+        name: plugin.name.to_string(),
+        revision: plugin.revision.to_string(),
+        runtime: plugin.runtime,
+        bytes: plugin.bytes,
+        settings: plugin.settings.clone(),
+        effective_limits: limits.to_json(),
+        created_at: plugin.created_at,
+        updated_at: plugin.updated_at,
+    }
+}
