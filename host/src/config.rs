@@ -146,7 +146,9 @@ pub enum ConfigError {
         error: LimitError,
     },
     /// An address that all the world could reach, without TLS.
-    #[error("`{0}` is not a loopback address, and this version serves no TLS: put a proxy that does in front and let it reach a loopback address, or accept keys and data in the clear with --plain-http")]
+    #[error(
+        "`{0}` is not a loopback address, and this version serves no TLS: put a proxy that does in front and let it reach a loopback address, or accept keys and data in the clear with --plain-http"
+    )]
     PlainHttp(SocketAddr),
 }
 
@@ -171,15 +173,24 @@ impl Config {
             None => toml::Table::new(),
             Some(path) => {
                 let read = std::fs::read_to_string(path);
-                let text = read.map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+                let text = read.map_err(|source| ConfigError::Read {
+                    path: path.to_owned(),
+                    source,
+                })?;
                 let parsed = text.parse::<toml::Table>();
                 let origin = path.display().to_string();
-                parsed.map_err(|error| ConfigError::Parse { origin, detail: error.to_string() })?
+                parsed.map_err(|error| ConfigError::Parse {
+                    origin,
+                    detail: error.to_string(),
+                })?
             }
         };
         let mut origin = file.map_or_else(|| "the command line".to_owned(), |path| path.display().to_string());
         for (name, value) in env {
-            if let Some(key) = name.strip_prefix(PREFIX).filter(|_| !NOT_SETTINGS.contains(&name.as_str())) {
+            if let Some(key) = name
+                .strip_prefix(PREFIX)
+                .filter(|_| !NOT_SETTINGS.contains(&name.as_str()))
+            {
                 table.insert(key.to_ascii_lowercase(), plain_or_toml(&value));
                 origin.push_str(" and the environment");
             }
@@ -187,8 +198,10 @@ impl Config {
         for (key, value) in flags {
             table.insert((*key).to_owned(), value.clone());
         }
-        let config: Self =
-            table.try_into().map_err(|error: toml::de::Error| ConfigError::Parse { origin, detail: error.to_string() })?;
+        let config: Self = table.try_into().map_err(|error: toml::de::Error| ConfigError::Parse {
+            origin,
+            detail: error.to_string(),
+        })?;
         config.check()?;
         Ok(config)
     }
@@ -207,7 +220,11 @@ impl Config {
             ("compile_artifact_bytes", self.compile_artifact_bytes),
         ];
         if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
-            return Err(ConfigError::Value { key, given: "0".into(), demand: "it must be 1 or more: 0 never means unlimited" });
+            return Err(ConfigError::Value {
+                key,
+                given: "0".into(),
+                demand: "it must be 1 or more: 0 never means unlimited",
+            });
         }
         self.check_compilation()?;
         let limits = |key| move |error| ConfigError::Limits { key, error };
@@ -225,16 +242,25 @@ impl Config {
         use holm_sandbox::limits::Limits;
         let time = |ms| Limits::TIME.contains(&Duration::from_millis(ms));
         let demand = "it must be 10 to 3,600,000";
-        for (key, value) in
-            [("compile_cpu_time_ms", self.compile_cpu_time_ms), ("compile_wall_time_ms", self.compile_wall_time_ms)]
-        {
+        for (key, value) in [
+            ("compile_cpu_time_ms", self.compile_cpu_time_ms),
+            ("compile_wall_time_ms", self.compile_wall_time_ms),
+        ] {
             if !time(value) {
-                return Err(ConfigError::Value { key, given: value.to_string(), demand });
+                return Err(ConfigError::Value {
+                    key,
+                    given: value.to_string(),
+                    demand,
+                });
             }
         }
         if !Limits::MEMORY_BYTES.contains(&self.compile_memory_bytes) {
             let (key, given) = ("compile_memory_bytes", self.compile_memory_bytes.to_string());
-            return Err(ConfigError::Value { key, given, demand: "it must be 4 MiB to 4 GiB" });
+            return Err(ConfigError::Value {
+                key,
+                given,
+                demand: "it must be 4 MiB to 4 GiB",
+            });
         }
         Ok(())
     }
@@ -285,7 +311,10 @@ const PID_RESERVE: u64 = 4096;
 /// A value that parses as TOML is that; everything else is the text itself.
 fn plain_or_toml(text: &str) -> toml::Value {
     let parsed = format!("x = {text}").parse::<toml::Table>();
-    parsed.ok().and_then(|mut table| table.remove("x")).unwrap_or_else(|| toml::Value::String(text.to_owned()))
+    parsed
+        .ok()
+        .and_then(|mut table| table.remove("x"))
+        .unwrap_or_else(|| toml::Value::String(text.to_owned()))
 }
 
 #[cfg(test)]
@@ -303,9 +332,17 @@ mod tests {
     #[test]
     fn flags_beat_the_environment_and_that_beats_the_file() {
         let file = "listen = '127.0.0.1:1'\njobs_running = 1\njobs_queued = 1\n[job_defaults]\npids = 7\n";
-        let env = [("HOLM_LISTEN", "127.0.0.1:2"), ("HOLM_JOBS_RUNNING", "2"), ("HOLM_OPERATOR_KEY", "x"), ("PATH", "y")];
+        let env = [
+            ("HOLM_LISTEN", "127.0.0.1:2"),
+            ("HOLM_JOBS_RUNNING", "2"),
+            ("HOLM_OPERATOR_KEY", "x"),
+            ("PATH", "y"),
+        ];
         let config = load(file, &env, &[("listen", toml::Value::String("127.0.0.1:3".into()))]).unwrap();
-        assert_eq!((config.listen.port(), config.jobs_running, config.jobs_queued), (3, 2, 1));
+        assert_eq!(
+            (config.listen.port(), config.jobs_running, config.jobs_queued),
+            (3, 2, 1)
+        );
         assert_eq!(config.job_defaults["pids"], 7);
         assert_eq!(config.connections, 4096);
     }
@@ -326,7 +363,10 @@ mod tests {
             let error = load(toml, &[], &[]).unwrap_err().to_string();
             assert!(error.contains(word), "{toml}: {error}");
         }
-        assert!(matches!(load("", &[("HOLM_JOBS_RUNNING", "0")], &[]), Err(ConfigError::Value { .. })));
+        assert!(matches!(
+            load("", &[("HOLM_JOBS_RUNNING", "0")], &[]),
+            Err(ConfigError::Value { .. })
+        ));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod admission;
+pub mod bundled;
 pub mod cli;
 pub mod config;
 pub mod inside;

@@ -87,6 +87,8 @@ impl SandboxGate {
     }
 
     pub(crate) fn tell(&self, message: FromSandbox) -> nix::Result<()> {
-        self.0.send(&message, NO_FDS).map_err(|error| crate::sys::process::errno_of(&error))
+        self.0
+            .send(&message, NO_FDS)
+            .map_err(|error| crate::sys::process::errno_of(&error))
     }
 }

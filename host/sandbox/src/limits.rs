@@ -122,7 +122,8 @@ mod tests {
     #[test]
     fn zero_is_never_a_limit() {
         assert_eq!(some().check(), Ok(()));
-        let zeros: [(&str, fn(&mut Limits)); 10] = [
+        type Set = fn(&mut Limits);
+        let zeros: [(&str, Set); 10] = [
             ("memory_bytes", |l| l.memory_bytes = 0),
             ("cpu_cores", |l| l.cpu_millicores = 0),
             ("cpu_weight", |l| l.cpu_weight = 0),
@@ -143,9 +144,15 @@ mod tests {
 
     #[test]
     fn huge_is_refused() {
-        let limits = Limits { memory_bytes: u64::MAX, ..some() };
+        let limits = Limits {
+            memory_bytes: u64::MAX,
+            ..some()
+        };
         assert_eq!(limits.check(), Err(LimitError("memory_bytes")));
-        let limits = Limits { wall_time: Duration::MAX, ..some() };
+        let limits = Limits {
+            wall_time: Duration::MAX,
+            ..some()
+        };
         assert_eq!(limits.check(), Err(LimitError("wall_time_ms")));
     }
 }

@@ -33,10 +33,7 @@ impl TryFrom<String> for Name {
 
     fn try_from(text: String) -> Result<Self, NameError> {
         let legal = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-        let ok = !text.is_empty()
-            && text.len() <= Self::MAX_LEN
-            && text.bytes().all(legal)
-            && !text.starts_with('-');
+        let ok = !text.is_empty() && text.len() <= Self::MAX_LEN && text.bytes().all(legal) && !text.starts_with('-');
         if ok { Ok(Self(text)) } else { Err(NameError) }
     }
 }
@@ -75,7 +72,19 @@ mod tests {
         for good in ["a", "0", "acme", "a-b", "a-", &"x".repeat(63)] {
             assert!(good.parse::<Name>().is_ok(), "{good}");
         }
-        for bad in ["", "-a", ".", "..", "a/b", "a_b", "A", "ä", "a b", "a\0", &"x".repeat(64)] {
+        for bad in [
+            "",
+            "-a",
+            ".",
+            "..",
+            "a/b",
+            "a_b",
+            "A",
+            "ä",
+            "a b",
+            "a\0",
+            &"x".repeat(64),
+        ] {
             assert!(bad.parse::<Name>().is_err(), "{bad:?}");
         }
     }

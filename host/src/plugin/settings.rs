@@ -102,24 +102,39 @@ pub fn check_args(args: &[String]) -> Result<(), String> {
 pub fn check_env(env: &BTreeMap<String, String>) -> Result<(), String> {
     for (name, value) in env {
         if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
-            return Err(format!("`{}` cannot be a variable: names are not empty and have no `=`, nothing has a NUL byte", name.escape_default()));
+            return Err(format!(
+                "`{}` cannot be a variable: names are not empty and have no `=`, nothing has a NUL byte",
+                name.escape_default()
+            ));
         }
         if name.starts_with(RESERVED_PREFIX) {
-            return Err(format!("`{name}`: names that begin with {RESERVED_PREFIX} are set by the host"));
+            return Err(format!(
+                "`{name}`: names that begin with {RESERVED_PREFIX} are set by the host"
+            ));
         }
     }
     within_size(env.iter().map(|(name, value)| name.len() + value.len() + 2).sum())
 }
 
 fn within_size(bytes: usize) -> Result<(), String> {
-    if bytes <= MAX_ARGS_AND_ENV { Ok(()) } else { Err(format!("{bytes} bytes, more than {MAX_ARGS_AND_ENV}")) }
+    if bytes <= MAX_ARGS_AND_ENV {
+        Ok(())
+    } else {
+        Err(format!("{bytes} bytes, more than {MAX_ARGS_AND_ENV}"))
+    }
 }
 
 /// A `type/subtype` with optional parameters, as it will stand in a header.
 fn check_content_type(text: &str) -> Result<(), String> {
-    let shape = text.split_once('/').is_some_and(|(kind, rest)| !kind.is_empty() && !rest.is_empty());
+    let shape = text
+        .split_once('/')
+        .is_some_and(|(kind, rest)| !kind.is_empty() && !rest.is_empty());
     let visible = text.bytes().all(|b| b == b' ' || b.is_ascii_graphic());
-    if shape && visible && text.len() <= 255 { Ok(()) } else { Err("not a media type".into()) }
+    if shape && visible && text.len() <= 255 {
+        Ok(())
+    } else {
+        Err("not a media type".into())
+    }
 }
 
 #[cfg(test)]

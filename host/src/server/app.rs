@@ -119,7 +119,9 @@ impl FromRequestParts<App> for Caller {
 /// The key in `Authorization: Bearer …`, if there is exactly one such header.
 fn presented_key(headers: &HeaderMap) -> Option<&str> {
     let mut values = headers.get_all(AUTHORIZATION).iter();
-    let (Some(value), None) = (values.next(), values.next()) else { return None };
+    let (Some(value), None) = (values.next(), values.next()) else {
+        return None;
+    };
     let (scheme, key) = value.to_str().ok()?.split_once(' ')?;
     let key = key.trim_matches(' ');
     (scheme.eq_ignore_ascii_case("bearer") && !key.is_empty()).then_some(key)
@@ -171,7 +173,14 @@ mod tests {
     fn one_bearer_key_and_no_other_is_taken() {
         assert_eq!(key(&["Bearer abc"]).as_deref(), Some("abc"));
         assert_eq!(key(&["bearer  abc "]).as_deref(), Some("abc"));
-        for bad in [&["Basic abc"][..], &["Bearer"], &["Bearer "], &["abc"], &[], &["Bearer a", "Bearer a"]] {
+        for bad in [
+            &["Basic abc"][..],
+            &["Bearer"],
+            &["Bearer "],
+            &["abc"],
+            &[],
+            &["Bearer a", "Bearer a"],
+        ] {
             assert_eq!(key(bad), None, "{bad:?}");
         }
     }

@@ -34,8 +34,8 @@ enum Tags {
 impl Conditions {
     pub(super) fn of(headers: &HeaderMap) -> Result<Self, Problem> {
         Ok(Self {
-            if_match: Tags::of(headers, header::IF_MATCH)?,
-            if_none_match: Tags::of(headers, header::IF_NONE_MATCH)?,
+            if_match: Tags::of(headers, &header::IF_MATCH)?,
+            if_none_match: Tags::of(headers, &header::IF_NONE_MATCH)?,
         })
     }
 
@@ -51,10 +51,12 @@ impl Conditions {
 }
 
 impl Tags {
-    fn of(headers: &HeaderMap, name: header::HeaderName) -> Result<Option<Self>, Problem> {
+    fn of(headers: &HeaderMap, name: &header::HeaderName) -> Result<Option<Self>, Problem> {
         let mut tags = Vec::new();
-        for value in headers.get_all(&name) {
-            let text = value.to_str().map_err(|_| Problem::malformed(format!("`{name}` is not ASCII")))?;
+        for value in headers.get_all(name) {
+            let text = value
+                .to_str()
+                .map_err(|_| Problem::malformed(format!("`{name}` is not ASCII")))?;
             if text.trim() == "*" {
                 return Ok(Some(Self::Any));
             }
@@ -102,7 +104,10 @@ mod tests {
         assert!(!conditions("if-none-match", "*").hold(Some("\"a\"")));
         assert!(conditions("if-match", "\"b\", \"a\"").hold(Some("\"a\"")));
         assert!(!conditions("if-match", "\"b\"").hold(Some("\"a\"")));
-        assert!(!conditions("if-match", "W/\"a\"").hold(Some("\"a\"")), "a weak tag is no strong match");
+        assert!(
+            !conditions("if-match", "W/\"a\"").hold(Some("\"a\"")),
+            "a weak tag is no strong match"
+        );
         assert!(!conditions("if-match", "*").hold(None));
     }
 
@@ -114,7 +119,11 @@ mod tests {
             (json!({"a": "b"}), json!({"b": "c"}), json!({"a": "b", "b": "c"})),
             (json!({"a": "b"}), json!({"a": null}), json!({})),
             (json!({"a": ["b"]}), json!({"a": "c"}), json!({"a": "c"})),
-            (json!({"a": {"b": "c"}}), json!({"a": {"b": "d", "c": null}}), json!({"a": {"b": "d"}})),
+            (
+                json!({"a": {"b": "c"}}),
+                json!({"a": {"b": "d", "c": null}}),
+                json!({"a": {"b": "d"}}),
+            ),
             (json!({"a": "foo"}), json!("bar"), json!("bar")),
             (json!({"e": null}), json!({"a": 1}), json!({"e": null, "a": 1})),
             (json!([1, 2]), json!({"a": "b", "c": null}), json!({"a": "b"})),

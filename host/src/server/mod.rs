@@ -78,7 +78,9 @@ pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> 
             },
             () = stop.cancelled() => break,
         };
-        let Some(seat) = connections.seat(app.connections.most) else { continue };
+        let Some(seat) = connections.seat(app.connections.most) else {
+            continue;
+        };
         tasks.spawn(converse(stream, seat, router.clone(), app.connections, stop.clone()));
     }
     drop(listener);
@@ -91,8 +93,13 @@ pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> 
 /// Errors of `accept(2)` that concern one connection, or that pass.
 fn is_transient(error: &io::Error) -> bool {
     use nix::libc::{EMFILE, ENFILE, ENOBUFS, ENOMEM, EPERM, EPROTO};
-    matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted)
-        || matches!(error.raw_os_error(), Some(EMFILE | ENFILE | ENOBUFS | ENOMEM | EPERM | EPROTO))
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
+    ) || matches!(
+        error.raw_os_error(),
+        Some(EMFILE | ENFILE | ENOBUFS | ENOMEM | EPERM | EPROTO)
+    )
 }
 
 /// One connection, from its first byte to its last.

@@ -91,7 +91,13 @@ impl Problem {
     /// A problem with its usual status.
     #[must_use]
     pub fn new(code: Code, detail: impl Into<String>) -> Self {
-        Self { code, status: code.status(), detail: detail.into(), members: Map::new(), headers: Vec::new() }
+        Self {
+            code,
+            status: code.status(),
+            detail: detail.into(),
+            members: Map::new(),
+            headers: Vec::new(),
+        }
     }
 
     /// Adds an extension member.
@@ -142,7 +148,10 @@ impl Problem {
             source = cause.source();
         }
         tracing::error!(error = %causes, "request failed");
-        Self::new(Code::Internal, "the server has failed; the operator can find out why in its log")
+        Self::new(
+            Code::Internal,
+            "the server has failed; the operator can find out why in its log",
+        )
     }
 }
 
@@ -161,7 +170,10 @@ impl IntoResponse for Problem {
         let mut response = Response::new(Body::from(body.to_string()));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/problem+json"),
+        );
         headers.extend(self.headers);
         response
     }
@@ -170,10 +182,11 @@ impl IntoResponse for Problem {
 impl From<AuthError> for Problem {
     fn from(error: AuthError) -> Self {
         match error {
-            AuthError::Unauthenticated => {
-                Self::new(Code::Unauthenticated, "send the header `Authorization: Bearer <key>` with a valid key")
-                    .header(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"))
-            }
+            AuthError::Unauthenticated => Self::new(
+                Code::Unauthenticated,
+                "send the header `Authorization: Bearer <key>` with a valid key",
+            )
+            .header(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")),
             AuthError::NotFound => Self::not_found(),
             AuthError::OperatorOnly => Self::new(Code::OperatorOnly, "this route takes the operator's key only"),
         }
@@ -185,12 +198,19 @@ impl From<LimitError> for Problem {
         let detail = error.to_string();
         match error {
             LimitError::Malformed(_) => Self::malformed(detail),
-            LimitError::OutOfRange { limit, given, minimum, maximum } => Self::new(Code::LimitOutOfRange, detail)
+            LimitError::OutOfRange {
+                limit,
+                given,
+                minimum,
+                maximum,
+            } => Self::new(Code::LimitOutOfRange, detail)
                 .with("limit", limit.key())
                 .with("given", given)
                 .with("minimum", limit.to_json(minimum))
                 .with("maximum", limit.to_json(maximum)),
-            LimitError::NotApplicable { limit, .. } => Self::new(Code::NotApplicable, detail).with("limit", limit.key()),
+            LimitError::NotApplicable { limit, .. } => {
+                Self::new(Code::NotApplicable, detail).with("limit", limit.key())
+            }
         }
     }
 }
@@ -200,7 +220,12 @@ impl From<SettingsError> for Problem {
         let detail = error.to_string();
         match error {
             SettingsError::Malformed(_) => Self::malformed(detail),
-            SettingsError::OutOfRange { field, given, minimum, maximum } => Self::new(Code::LimitOutOfRange, detail)
+            SettingsError::OutOfRange {
+                field,
+                given,
+                minimum,
+                maximum,
+            } => Self::new(Code::LimitOutOfRange, detail)
                 .with("limit", field)
                 .with("given", given)
                 .with("minimum", minimum)
@@ -225,12 +250,18 @@ impl From<PluginSettingsError> for Problem {
 impl From<AdmissionError> for Problem {
     fn from(error: AdmissionError) -> Self {
         let detail = error.to_string();
-        let quota = |name: &str| Self::new(Code::QuotaExceeded, detail.clone()).with("quota", name).retry_after(1);
+        let quota = |name: &str| {
+            Self::new(Code::QuotaExceeded, detail.clone())
+                .with("quota", name)
+                .retry_after(1)
+        };
         match error {
             AdmissionError::TenantQueueFull(_) => quota("jobs_queued"),
             AdmissionError::TenantBusy(_) => quota("jobs_running"),
             AdmissionError::TooManyRequests(_) => quota("requests_per_second"),
-            AdmissionError::ServerFull | AdmissionError::ServerBusy => Self::new(Code::ServerFull, detail).retry_after(1),
+            AdmissionError::ServerFull | AdmissionError::ServerBusy => {
+                Self::new(Code::ServerFull, detail).retry_after(1)
+            }
             AdmissionError::Draining => Self::new(Code::Draining, detail).retry_after(5),
         }
     }
@@ -240,11 +271,12 @@ impl From<StoreError> for Problem {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::NoTenant | StoreError::NoPlugin => Self::not_found(),
-            StoreError::TooManyPlugins(most) => {
-                Self::new(Code::QuotaExceeded, format!("the tenant's quota `plugins` of {most} is used up"))
-                    .with("quota", "plugins")
-                    .retry_after(60)
-            }
+            StoreError::TooManyPlugins(most) => Self::new(
+                Code::QuotaExceeded,
+                format!("the tenant's quota `plugins` of {most} is used up"),
+            )
+            .with("quota", "plugins")
+            .retry_after(60),
             StoreError::Changed => Self::new(
                 Code::PreconditionFailed,
                 "`If-Match` or `If-None-Match` does not hold; read the resource again",
@@ -279,7 +311,10 @@ mod tests {
         let body = axum::body::to_bytes(response.into_body(), 4096).await.unwrap();
         let body: Value = serde_json::from_slice(&body).unwrap();
         assert_eq!(body["type"], "/problems/quota_exceeded");
-        assert_eq!((&body["status"], &body["code"], &body["quota"]), (&json!(429), &json!("quota_exceeded"), &json!("jobs_queued")));
+        assert_eq!(
+            (&body["status"], &body["code"], &body["quota"]),
+            (&json!(429), &json!("quota_exceeded"), &json!("jobs_queued"))
+        );
         assert!(body["title"].is_string() && body["detail"].as_str().unwrap().contains('7'));
     }
 }

@@ -22,7 +22,6 @@ pub enum QuotaKey {
 }
 
 struct Row {
-    key: QuotaKey,
     word: &'static str,
     minimum: u64,
     default: u64,
@@ -31,12 +30,48 @@ struct Row {
 }
 
 const TABLE: [Row; 6] = [
-    Row { key: QuotaKey::JobsRunning, word: "jobs_running", minimum: 1, default: 64, maximum: 4096, about: "jobs that run at once" },
-    Row { key: QuotaKey::JobsQueued, word: "jobs_queued", minimum: 1, default: 256, maximum: 65_536, about: "jobs that wait at once" },
-    Row { key: QuotaKey::Plugins, word: "plugins", minimum: 1, default: 100, maximum: 10_000, about: "plugins in all" },
-    Row { key: QuotaKey::ArtifactBytes, word: "artifact_bytes", minimum: 1024, default: 64 << 20, maximum: 256 << 20, about: "size of one uploaded artifact" },
-    Row { key: QuotaKey::RequestsPerSecond, word: "requests_per_second", minimum: 1, default: 500, maximum: 100_000, about: "requests a second, with bursts of as many" },
-    Row { key: QuotaKey::StoredOutputBytes, word: "stored_output_bytes", minimum: 1, default: 1 << 30, maximum: 1 << 40, about: "output kept of finished asynchronous jobs" },
+    Row {
+        word: "jobs_running",
+        minimum: 1,
+        default: 64,
+        maximum: 4096,
+        about: "jobs that run at once",
+    },
+    Row {
+        word: "jobs_queued",
+        minimum: 1,
+        default: 256,
+        maximum: 65_536,
+        about: "jobs that wait at once",
+    },
+    Row {
+        word: "plugins",
+        minimum: 1,
+        default: 100,
+        maximum: 10_000,
+        about: "plugins in all",
+    },
+    Row {
+        word: "artifact_bytes",
+        minimum: 1024,
+        default: 64 << 20,
+        maximum: 256 << 20,
+        about: "size of one uploaded artifact",
+    },
+    Row {
+        word: "requests_per_second",
+        minimum: 1,
+        default: 500,
+        maximum: 100_000,
+        about: "requests a second, with bursts of as many",
+    },
+    Row {
+        word: "stored_output_bytes",
+        minimum: 1,
+        default: 1 << 30,
+        maximum: 1 << 40,
+        about: "output kept of finished asynchronous jobs",
+    },
 ];
 
 impl QuotaKey {
@@ -93,7 +128,11 @@ impl Quota {
 
     /// Fills a checked object up with the defaults.
     pub(super) fn from_stored(json: &Map<String, Value>) -> Self {
-        let value = |key: QuotaKey| json.get(key.word()).and_then(Value::as_u64).unwrap_or(key.row().default);
+        let value = |key: QuotaKey| {
+            json.get(key.word())
+                .and_then(Value::as_u64)
+                .unwrap_or(key.row().default)
+        };
         Self(QuotaKey::ALL.map(value))
     }
 
@@ -108,7 +147,9 @@ impl Quota {
             let Value::Number(number) = value else {
                 return Err(SettingsError::Malformed(format!("`quota.{word}` is no number")));
             };
-            let in_range = number.as_u64().is_some_and(|n| (row.minimum..=row.maximum).contains(&n));
+            let in_range = number
+                .as_u64()
+                .is_some_and(|n| (row.minimum..=row.maximum).contains(&n));
             if !in_range {
                 return Err(SettingsError::OutOfRange {
                     field: format!("quota.{word}"),
@@ -135,14 +176,25 @@ mod tests {
     #[test]
     fn the_table_is_indexed_by_its_keys() {
         for (i, key) in QuotaKey::ALL.into_iter().enumerate() {
-            assert!(TABLE[i].key == key && key as usize == i);
+            assert_eq!(key as usize, i);
+            let (minimum, default, maximum) = key.range();
+            assert!(
+                minimum > 0 && minimum <= default && default <= maximum,
+                "{}",
+                key.word()
+            );
         }
+        assert_eq!(QuotaKey::StoredOutputBytes.word(), "stored_output_bytes");
     }
 
     #[test]
     fn quotas_are_checked_against_their_ranges() {
         assert!(check(&json!({"jobs_running": 1, "plugins": 10_000})).is_ok());
-        for bad in [json!({"jobs_running": 0}), json!({"jobs_queued": -1}), json!({"plugins": 1e300})] {
+        for bad in [
+            json!({"jobs_running": 0}),
+            json!({"jobs_queued": -1}),
+            json!({"plugins": 1e300}),
+        ] {
             assert!(matches!(check(&bad), Err(SettingsError::OutOfRange { .. })), "{bad}");
         }
         for bad in [json!({"jobs": 1}), json!({"plugins": "1"}), json!({"plugins": null})] {

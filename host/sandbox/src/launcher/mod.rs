@@ -21,8 +21,8 @@ use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags, EpollTimeout};
 
 use self::live::Live;
 use self::outbox::Outbox;
-pub use self::start::{launcher_main, spawn};
 use self::start::Place;
+pub use self::start::{launcher_main, spawn};
 use crate::cgroup::{Leaf, Tree};
 use crate::init::seccomp::Filters;
 use crate::protocol::{FromLauncher, ToLauncher};
@@ -98,7 +98,8 @@ impl Launcher<'_> {
     /// Serves until the server's end of the socket is closed, then until every sandbox is dead.
     fn run(&mut self) -> nix::Result<()> {
         let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP;
-        self.epoll.add(self.outbox.socket(), EpollEvent::new(flags, Source::Server.token()))?;
+        self.epoll
+            .add(self.outbox.socket(), EpollEvent::new(flags, Source::Server.token()))?;
         let mut buffer = vec![0; MAX_PACKET];
         while self.step(&mut buffer)? {}
         self.end()

@@ -25,13 +25,15 @@ pub(super) async fn healthz() -> &'static str {
 ))]
 pub(super) async fn readyz(State(app): State<App>) -> Response {
     if app.is_draining() {
-        return Problem::new(Code::Draining, "the server is stopping").retry_after(5).into_response();
+        return Problem::new(Code::Draining, "the server is stopping")
+            .retry_after(5)
+            .into_response();
     }
     "ok\n".into_response()
 }
 
 /// Adds `/openapi.json`, the document itself.
-pub(super) fn document(document: Document) -> Router<App> {
+pub(super) fn document(document: &Document) -> Router<App> {
     let json: Arc<str> = document.to_json().unwrap_or_default().into();
     Router::new().route(
         "/openapi.json",

@@ -48,7 +48,12 @@ impl JobSettings {
         check_args(&args).map_err(invalid)?;
         check_env(&env).map_err(invalid)?;
         let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-        Ok(Self { limits, args, env, content_type: content_type.unwrap_or_default().to_owned() })
+        Ok(Self {
+            limits,
+            args,
+            env,
+            content_type: content_type.unwrap_or_default().to_owned(),
+        })
     }
 }
 
@@ -60,13 +65,18 @@ fn setting<T: DeserializeOwned>(headers: &HeaderMap, name: &HeaderName, shape: &
         return Err(Problem::malformed(format!("`{name}` may be sent once")));
     }
     if value.len() > MAX_SETTING_BYTES {
-        return Err(Problem::malformed(format!("`{name}` may have {MAX_SETTING_BYTES} bytes at most")));
+        return Err(Problem::malformed(format!(
+            "`{name}` may have {MAX_SETTING_BYTES} bytes at most"
+        )));
     }
     let Ok(text) = value.to_str() else {
-        return Err(Problem::malformed(format!("`{name}` must be ASCII; write other characters as \\u escapes")));
+        return Err(Problem::malformed(format!(
+            "`{name}` must be ASCII; write other characters as \\u escapes"
+        )));
     };
     let json = serde_json::from_str(text);
-    json.map(Some).map_err(|error| Problem::malformed(format!("`{name}` must be {shape} in JSON: {error}")))
+    json.map(Some)
+        .map_err(|error| Problem::malformed(format!("`{name}` must be {shape} in JSON: {error}")))
 }
 
 /// Whether the request prefers the record to the bare output (RFC 7240).
@@ -74,7 +84,9 @@ pub(super) fn prefers_representation(headers: &HeaderMap) -> bool {
     let preferences = headers.get_all(&PREFER).iter().filter_map(|value| value.to_str().ok());
     preferences.flat_map(|value| value.split(',')).any(|preference| {
         let token = preference.split(';').next().unwrap_or_default();
-        let Some((name, value)) = token.split_once('=') else { return false };
+        let Some((name, value)) = token.split_once('=') else {
+            return false;
+        };
         name.trim().eq_ignore_ascii_case("return")
             && value.trim().trim_matches('"').eq_ignore_ascii_case("representation")
     })
@@ -116,7 +128,11 @@ mod tests {
             ("representation", false),
             ("respond-async", false),
         ] {
-            assert_eq!(prefers_representation(&headers(&[("prefer", value.as_bytes())])), expected, "{value}");
+            assert_eq!(
+                prefers_representation(&headers(&[("prefer", value.as_bytes())])),
+                expected,
+                "{value}"
+            );
         }
     }
 }

@@ -50,5 +50,8 @@ pub(crate) const FILTERS: u32 = 2;
 /// The published policy of one kind: every system call that tenant code may make, whether under a condition, and why.
 #[must_use]
 pub fn published(kind: Kind) -> Vec<Entry> {
-    policy::entries(kind).into_iter().filter(|e| e.phase == Phase::Job || e.after != policy::REFUSED).collect()
+    policy::entries(kind)
+        .into_iter()
+        .filter(|e| e.phase == Phase::Job || e.after != policy::REFUSED)
+        .collect()
 }

@@ -36,10 +36,16 @@ pub(super) enum Phase {
     Setup,
 }
 
-const EPERM: u16 = libc::EPERM as u16;
-const ENOSYS: u16 = libc::ENOSYS as u16;
-const EAFNOSUPPORT: u16 = libc::EAFNOSUPPORT as u16;
-const ENOTTY: u16 = libc::ENOTTY as u16;
+const EPERM: u16 = errno(libc::EPERM);
+const ENOSYS: u16 = errno(libc::ENOSYS);
+const EAFNOSUPPORT: u16 = errno(libc::EAFNOSUPPORT);
+const ENOTTY: u16 = errno(libc::ENOTTY);
+
+#[allow(clippy::cast_possible_truncation)] // the kernel's own bound on errnos is 4095
+const fn errno(number: libc::c_int) -> u16 {
+    assert!(number > 0 && number < 4096);
+    number.cast_unsigned() as u16
+}
 
 /// What becomes of a call that is not on the list.
 pub(super) const REFUSED: Verdict = Verdict::Errno(EPERM);
@@ -65,30 +71,58 @@ static PLAIN_CLONE: Test = Test::Masked {
 
 /// Unix sockets of the three ordinary types and no protocol. Type flags (`SOCK_CLOEXEC`…) are above the low nibble.
 static UNIX_SOCKET: Test = Test::All(&[
-    Test::Masked { arg: 0, mask: u32::MAX, value: bits(libc::AF_UNIX) },
+    Test::Masked {
+        arg: 0,
+        mask: u32::MAX,
+        value: bits(libc::AF_UNIX),
+    },
     Test::Masked {
         arg: 1,
         mask: !bits(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK | 7),
         value: 0,
     },
-    Test::NoneOf { arg: 1, values: &[bits(libc::SOCK_RAW), bits(libc::SOCK_RDM)] },
-    Test::Masked { arg: 2, mask: u32::MAX, value: 0 },
+    Test::NoneOf {
+        arg: 1,
+        values: &[bits(libc::SOCK_RAW), bits(libc::SOCK_RDM)],
+    },
+    Test::Masked {
+        arg: 2,
+        mask: u32::MAX,
+        value: 0,
+    },
 ]);
 
 /// No out-of-band data: its handling on Unix sockets was a way into the kernel (CVE-2025-38236).
-static NO_OOB_ARG2: Test = Test::Masked { arg: 2, mask: bits(libc::MSG_OOB), value: 0 };
-static NO_OOB_ARG3: Test = Test::Masked { arg: 3, mask: bits(libc::MSG_OOB), value: 0 };
+static NO_OOB_ARG2: Test = Test::Masked {
+    arg: 2,
+    mask: bits(libc::MSG_OOB),
+    value: 0,
+};
+static NO_OOB_ARG3: Test = Test::Masked {
+    arg: 3,
+    mask: bits(libc::MSG_OOB),
+    value: 0,
+};
 
 /// The requests that ordinary programs make on pipes and sockets, and `isatty`.
 static PLAIN_IOCTL: Test = Test::OneOf {
     arg: 1,
-    values: &[0x5401 /* TCGETS */, 0x5413 /* TIOCGWINSZ */, 0x541b /* FIONREAD */, 0x5421 /* FIONBIO */, 0x5450 /* FIONCLEX */, 0x5451 /* FIOCLEX */],
+    values: &[
+        0x5401, /* TCGETS */
+        0x5413, /* TIOCGWINSZ */
+        0x541b, /* FIONREAD */
+        0x5421, /* FIONBIO */
+        0x5450, /* FIONCLEX */
+        0x5451, /* FIOCLEX */
+    ],
 };
 
 /// Not the commands that take kernel memory on somebody's account (`F_SETPIPE_SZ`: on that of the pipe's maker, the
 /// server) or that reach other openers of a file (leases, `F_NOTIFY`).
-static PLAIN_FCNTL: Test =
-    Test::NoneOf { arg: 1, values: &[bits(libc::F_SETPIPE_SZ), bits(libc::F_SETLEASE), bits(libc::F_NOTIFY)] };
+static PLAIN_FCNTL: Test = Test::NoneOf {
+    arg: 1,
+    values: &[bits(libc::F_SETPIPE_SZ), bits(libc::F_SETLEASE), bits(libc::F_NOTIFY)],
+};
 
 /// Names, signals at parent death, `dumpable`, timer slack, and questions.
 static PLAIN_PRCTL: Test = Test::OneOf {
@@ -115,23 +149,42 @@ static PLAIN_PRCTL: Test = Test::OneOf {
 };
 
 /// Only the caller's own limits: the init has the same uid.
-static OWN_PRLIMIT: Test = Test::Masked { arg: 0, mask: u32::MAX, value: 0 };
+static OWN_PRLIMIT: Test = Test::Masked {
+    arg: 0,
+    mask: u32::MAX,
+    value: 0,
+};
 
 /// Only asking, or setting plain Linux; no `READ_IMPLIES_EXEC`, no `ADDR_NO_RANDOMIZE`.
-static PLAIN_PERSONALITY: Test = Test::OneOf { arg: 0, values: &[0, u32::MAX] };
+static PLAIN_PERSONALITY: Test = Test::OneOf {
+    arg: 0,
+    values: &[0, u32::MAX],
+};
 
 /// The calling process's own threads only; the global commands interrupt every CPU of the host.
 static PRIVATE_MEMBARRIER: Test = Test::OneOf {
     arg: 0,
-    values: &[0 /* QUERY */, 8 /* PRIVATE_EXPEDITED */, 16 /* REGISTER_PRIVATE_EXPEDITED */],
+    values: &[
+        0,  /* QUERY */
+        8,  /* PRIVATE_EXPEDITED */
+        16, /* REGISTER_PRIVATE_EXPEDITED */
+    ],
 };
 
 /// No new executable memory: for a process whose code is all there when the guest starts.
-static NO_EXEC_MAPPING: Test = Test::Masked { arg: 2, mask: bits(libc::PROT_EXEC), value: 0 };
+static NO_EXEC_MAPPING: Test = Test::Masked {
+    arg: 2,
+    mask: bits(libc::PROT_EXEC),
+    value: 0,
+};
 
 /// Threads, not processes.
 static THREADS_ONLY: Test = Test::All(&[
-    Test::Masked { arg: 0, mask: bits(libc::CLONE_THREAD | libc::CLONE_VM), value: bits(libc::CLONE_THREAD | libc::CLONE_VM) },
+    Test::Masked {
+        arg: 0,
+        mask: bits(libc::CLONE_THREAD | libc::CLONE_VM),
+        value: bits(libc::CLONE_THREAD | libc::CLONE_VM),
+    },
     Test::Masked {
         arg: 0,
         mask: bits(
@@ -148,7 +201,11 @@ static THREADS_ONLY: Test = Test::All(&[
 ]);
 
 /// Nothing but the wake-up that `abort` sends to its own thread group.
-static ABORT_ONLY: Test = Test::Masked { arg: 2, mask: u32::MAX, value: bits(libc::SIGABRT) };
+static ABORT_ONLY: Test = Test::Masked {
+    arg: 2,
+    mask: u32::MAX,
+    value: bits(libc::SIGABRT),
+};
 
 struct Line {
     name: &'static str,
@@ -357,7 +414,11 @@ mod tests {
         for kind in Kind::ALL {
             let entries = entries(kind);
             for pair in entries.windows(2) {
-                assert!(pair[0].number < pair[1].number, "{kind:?}: {} is listed twice", pair[1].name);
+                assert!(
+                    pair[0].number < pair[1].number,
+                    "{kind:?}: {} is listed twice",
+                    pair[1].name
+                );
             }
         }
     }
@@ -365,13 +426,61 @@ mod tests {
     #[test]
     fn calls_that_opened_kernels_are_on_no_list() {
         let never = [
-            "io_uring_setup", "io_uring_enter", "io_uring_register", "bpf", "perf_event_open", "userfaultfd", "ptrace",
-            "mount", "umount2", "pivot_root", "fsopen", "fsconfig", "fsmount", "fspick", "open_tree", "move_mount",
-            "mount_setattr", "unshare", "setns", "keyctl", "add_key", "request_key", "process_vm_readv",
-            "process_vm_writev", "pidfd_getfd", "kcmp", "memfd_secret", "open_by_handle_at", "name_to_handle_at",
-            "splice", "vmsplice", "tee", "modify_ldt", "iopl", "ioperm", "init_module", "finit_module", "kexec_load",
-            "quotactl", "swapon", "acct", "syslog", "reboot", "settimeofday", "sync", "syncfs", "mincore", "io_setup",
-            "mq_open", "chroot", "mknod", "mknodat", "setuid", "setresuid", "capset",
+            "io_uring_setup",
+            "io_uring_enter",
+            "io_uring_register",
+            "bpf",
+            "perf_event_open",
+            "userfaultfd",
+            "ptrace",
+            "mount",
+            "umount2",
+            "pivot_root",
+            "fsopen",
+            "fsconfig",
+            "fsmount",
+            "fspick",
+            "open_tree",
+            "move_mount",
+            "mount_setattr",
+            "unshare",
+            "setns",
+            "keyctl",
+            "add_key",
+            "request_key",
+            "process_vm_readv",
+            "process_vm_writev",
+            "pidfd_getfd",
+            "kcmp",
+            "memfd_secret",
+            "open_by_handle_at",
+            "name_to_handle_at",
+            "splice",
+            "vmsplice",
+            "tee",
+            "modify_ldt",
+            "iopl",
+            "ioperm",
+            "init_module",
+            "finit_module",
+            "kexec_load",
+            "quotactl",
+            "swapon",
+            "acct",
+            "syslog",
+            "reboot",
+            "settimeofday",
+            "sync",
+            "syncfs",
+            "mincore",
+            "io_setup",
+            "mq_open",
+            "chroot",
+            "mknod",
+            "mknodat",
+            "setuid",
+            "setresuid",
+            "capset",
         ];
         for kind in Kind::ALL {
             for entry in entries(kind) {

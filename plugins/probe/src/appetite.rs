@@ -1,0 +1,202 @@
+//! Taking more than there is: each until it is refused, or a little past what it was told to take.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::time::{Duration, Instant};
+
+use crate::Result;
+use crate::sys::{Forked, exit_now, fork, kill, wait_for};
+
+const MIB: usize = 1 << 20;
+
+/// Recurses until the stack is used up.
+pub(crate) fn overflow_stack(depth: u64) -> u64 {
+    let frame = std::hint::black_box([depth; 64]);
+    if depth == u64::MAX {
+        0
+    } else {
+        overflow_stack(depth + 1) ^ frame[(depth % 64) as usize]
+    }
+}
+
+/// Runs `work` in a grandchild whose parent has gone, and waits for its end.
+pub(crate) fn in_grandchild(work: impl FnOnce()) -> Result<()> {
+    let (mut done, signal) = io::pipe()?;
+    match fork()? {
+        Forked::Child => {
+            if let Ok(Forked::Child) = fork() {
+                work();
+                drop(signal);
+            }
+            exit_now(0)
+        }
+        Forked::Parent(child) => {
+            wait_for(child)?;
+            drop(signal);
+            io::copy(&mut done, &mut io::sink())?; // ends when the grandchild does
+            Ok(())
+        }
+    }
+}
+
+pub(crate) fn spin_threads(threads: usize, time: Duration) {
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                let start = Instant::now();
+                while start.elapsed() < time {
+                    std::hint::spin_loop();
+                }
+            });
+        }
+    });
+}
+
+/// Touches so many MiB of memory, and tells how many it got.
+pub(crate) fn allocate(mib: usize) -> usize {
+    let mut held = Vec::new();
+    for i in 0..mib {
+        let mut chunk: Vec<u8> = Vec::new();
+        if chunk.try_reserve_exact(MIB).is_err() {
+            return i;
+        }
+        chunk.resize(MIB, 1);
+        std::hint::black_box(&chunk);
+        held.push(chunk);
+    }
+    held.len()
+}
+
+/// The same in a child; then goes on for a while, whatever became of the child. Tells how the child ended.
+pub(crate) fn allocate_in_child(mib: usize) -> Result<i32> {
+    match fork()? {
+        Forked::Child => {
+            allocate(mib);
+            exit_now(0)
+        }
+        Forked::Parent(child) => {
+            let end = wait_for(child)?;
+            std::thread::sleep(Duration::from_secs(5));
+            Ok(end)
+        }
+    }
+}
+
+/// Forks children that wait, until it is refused or has `most`. Tells how many processes there were, itself included.
+pub(crate) fn fork_until_refused(most: usize) -> usize {
+    let mut children = Vec::new();
+    while children.len() < most {
+        match fork() {
+            Ok(Forked::Child) => loop {
+                std::thread::sleep(Duration::from_secs(60));
+            },
+            Ok(Forked::Parent(child)) => children.push(child),
+            Err(_) => break,
+        }
+    }
+    for child in &children {
+        kill(*child, libc::SIGKILL);
+    }
+    for child in &children {
+        let _ = wait_for(*child);
+    }
+    children.len() + 1
+}
+
+/// Every process forks as fast as it can, `most` times each, and then waits for its end.
+pub(crate) fn fork_bomb(most: usize) {
+    for _ in 0..most {
+        let _ = fork();
+    }
+    loop {
+        std::thread::sleep(Duration::from_secs(60));
+    }
+}
+
+/// Starts threads that wait, until it is refused or has `most`. Tells how many there were, the main one included.
+pub(crate) fn threads_until_refused(most: usize) -> usize {
+    let mut threads = 1;
+    while threads <= most {
+        let spawned = std::thread::Builder::new().stack_size(64 * 1024).spawn(|| {
+            std::thread::sleep(Duration::from_secs(60));
+        });
+        if spawned.is_err() {
+            break;
+        }
+        threads += 1;
+    }
+    threads
+}
+
+/// Opens files until it is refused or has `most`. Tells the number and the refusal.
+pub(crate) fn open_until_refused(most: usize) -> Result<String> {
+    let mut open = Vec::new();
+    while open.len() < most {
+        match File::open("/dev/null") {
+            Ok(file) => open.push(file),
+            Err(error) => return Ok(format!("{} {error}", open.len())),
+        }
+    }
+    Ok(format!("{} not refused", open.len()))
+}
+
+/// Writes a file in `/tmp` until it is refused or has `bytes`. Tells the number and the refusal.
+pub(crate) fn write_until_refused(bytes: usize) -> Result<String> {
+    let path = std::env::temp_dir().join("probe-file");
+    let mut file = File::create(&path)?;
+    let mut written = 0;
+    let end = loop {
+        if written >= bytes {
+            break "not refused".to_owned();
+        }
+        match file.write(&[7; 4096]) {
+            Ok(0) => break "nothing written".to_owned(),
+            Ok(n) => written += n,
+            Err(error) => break error.to_string(),
+        }
+    };
+    fs::remove_file(path)?;
+    Ok(format!("{written} {end}"))
+}
+
+/// Makes files in `/tmp` until it is refused or has `most`. Tells the number and the refusal.
+pub(crate) fn make_files_until_refused(most: usize) -> Result<String> {
+    let dir = std::env::temp_dir().join(format!("probe-files-{}", std::process::id()));
+    fs::create_dir(&dir)?;
+    let mut made = 0;
+    let end = loop {
+        if made >= most {
+            break "not refused".to_owned();
+        }
+        match File::create(dir.join(made.to_string())) {
+            Ok(_) => made += 1,
+            Err(error) => break error.to_string(),
+        }
+    };
+    fs::remove_dir_all(dir)?;
+    Ok(format!("{made} {end}"))
+}
+
+/// Writes so many MiB to `stdout` or `stderr`.
+pub(crate) fn flood(stream: &str, mib: usize) -> Result<()> {
+    let mut out: Box<dyn Write> = match stream {
+        "stdout" => Box::new(io::stdout().lock()),
+        "stderr" => Box::new(io::stderr().lock()),
+        other => return Err(format!("no stream `{other}`").into()),
+    };
+    let chunk = vec![b'x'; MIB];
+    for _ in 0..mib {
+        out.write_all(&chunk)?;
+    }
+    Ok(out.flush()?)
+}
+
+/// Leaves a grandchild behind that keeps standard output open, and ends at once.
+pub(crate) fn hold_output(time: Duration) -> Result<()> {
+    if let Forked::Child = fork()? {
+        std::thread::sleep(time);
+        let _ = writeln!(io::stdout(), "late");
+        exit_now(0);
+    }
+    Ok(writeln!(io::stdout(), "early")?)
+}
