@@ -12,10 +12,7 @@ const PLUGINS: [&str; 3] = ["word-count", "echo", "probe"];
 
 fn main() {
     let target = env::var("TARGET").expect("cargo sets TARGET");
-    assert_eq!(
-        target, TARGET,
-        "holm runs on x86-64 Linux: its system call filter is for that machine alone"
-    );
+    assert_eq!(target, TARGET, "holm runs on x86-64 Linux: its system call filter is for that machine alone");
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     for source in ["plugins", "guest-sdk", "Cargo.toml", "Cargo.lock"] {
         println!("cargo::rerun-if-changed={}", workspace.join(source).display());
@@ -32,12 +29,6 @@ fn main() {
         .env_remove("RUSTC_WORKSPACE_WRAPPER")
         .env_remove("RUSTC_WRAPPER");
     let status = cargo.status().expect("start cargo for the plugins");
-    assert!(
-        status.success(),
-        "the plugins could not be built; is a C library for static linking there (libc6-dev)?"
-    );
-    println!(
-        "cargo::rustc-env=HOLM_PLUGINS={}",
-        out.join(TARGET).join("plugin").display()
-    );
+    assert!(status.success(), "the plugins could not be built; is a C library for static linking there (libc6-dev)?");
+    println!("cargo::rustc-env=HOLM_PLUGINS={}", out.join(TARGET).join("plugin").display());
 }

@@ -105,10 +105,7 @@ impl Admission {
     /// With nothing running.
     #[must_use]
     pub fn new(capacity: Capacity) -> Self {
-        Self(Arc::new(Inner {
-            capacity,
-            books: Mutex::default(),
-        }))
+        Self(Arc::new(Inner { capacity, books: Mutex::default() }))
     }
 
     /// Counts a request of the tenant against its rate.
@@ -119,11 +116,7 @@ impl Admission {
         let rate = tenant.quota().get(QuotaKey::RequestsPerSecond);
         let mut books = self.books();
         let bucket = &mut books.tenants.entry(tenant.name().clone()).or_default().bucket;
-        if take_token(bucket, rate, Instant::now()) {
-            Ok(())
-        } else {
-            Err(AdmissionError::TooManyRequests(rate))
-        }
+        if take_token(bucket, rate, Instant::now()) { Ok(()) } else { Err(AdmissionError::TooManyRequests(rate)) }
     }
 
     /// Waits for a place for a job of the tenant with up to `pids` processes.
@@ -133,11 +126,7 @@ impl Admission {
     pub async fn admit(&self, tenant: &Tenant, pids: u64) -> Result<Permit, AdmissionError> {
         let quota = tenant.quota();
         let (id, granted) = self.enqueue(tenant.name(), pids, &quota)?;
-        let _place = Place {
-            admission: self,
-            tenant: tenant.name(),
-            id,
-        };
+        let _place = Place { admission: self, tenant: tenant.name(), id };
         match tokio::time::timeout(self.0.capacity.queue_timeout, granted).await {
             Ok(Ok(permit)) => Ok(permit),
             Ok(Err(_)) => Err(AdmissionError::Draining),
@@ -164,11 +153,7 @@ impl Admission {
     /// Forgets a deleted tenant.
     pub fn forget(&self, tenant: &Name) {
         let mut books = self.books();
-        if books
-            .tenants
-            .get(tenant)
-            .is_some_and(|t| t.running == 0 && t.waiting.is_empty())
-        {
+        if books.tenants.get(tenant).is_some_and(|t| t.running == 0 && t.waiting.is_empty()) {
             books.tenants.remove(tenant);
         }
     }
@@ -193,12 +178,7 @@ impl Admission {
         let id = books.next_waiter;
         let entry = books.tenants.entry(tenant.clone()).or_default();
         let most_waiting = quota.count(QuotaKey::JobsQueued);
-        let waiter = Waiter {
-            id,
-            pids,
-            quota: quota.count(QuotaKey::JobsRunning),
-            grant,
-        };
+        let waiter = Waiter { id, pids, quota: quota.count(QuotaKey::JobsRunning), grant };
         let was_waiting = entry.waiting.len();
         entry.waiting.push_back(waiter);
         if was_waiting == 0 {
@@ -225,11 +205,7 @@ impl Admission {
 
     fn why_so_long(&self, tenant: &Name, quota: u64) -> AdmissionError {
         let running = self.books().tenants.get(tenant).map_or(0, |entry| entry.running);
-        if running as u64 >= quota {
-            AdmissionError::TenantBusy(quota)
-        } else {
-            AdmissionError::ServerBusy
-        }
+        if running as u64 >= quota { AdmissionError::TenantBusy(quota) } else { AdmissionError::ServerBusy }
     }
 }
 
@@ -269,11 +245,7 @@ impl Books {
             tenant.running += 1;
             self.running += 1;
             self.pids += next.pids;
-            let permit = Permit {
-                admission: admission.clone(),
-                tenant: name,
-                pids: next.pids,
-            };
+            let permit = Permit { admission: admission.clone(), tenant: name, pids: next.pids };
             unwanted.extend(next.grant.send(permit).err());
         }
         unwanted
@@ -334,10 +306,7 @@ fn take_token(bucket: &mut Option<Bucket>, rate: u64, now: Instant) -> bool {
     let Bucket { tokens, at } = bucket.unwrap_or(Bucket { tokens: full, at: now });
     let tokens = (tokens + now.saturating_duration_since(at).as_secs_f64() * full).min(full);
     let granted = tokens >= 1.0;
-    *bucket = Some(Bucket {
-        tokens: if granted { tokens - 1.0 } else { tokens },
-        at: now,
-    });
+    *bucket = Some(Bucket { tokens: if granted { tokens - 1.0 } else { tokens }, at: now });
     granted
 }
 
@@ -353,21 +322,12 @@ mod tests {
     fn tenant(name: &str, running: u64, queued: u64) -> Tenant {
         let settings = format!(r#"{{"quota": {{"jobs_running": {running}, "jobs_queued": {queued}}}}}"#);
         let settings: TenantSettings = serde_json::from_str(&settings).unwrap();
-        let row = TenantRow {
-            name: name.parse().unwrap(),
-            settings,
-            created_at: Timestamp::UNIX_EPOCH,
-        };
+        let row = TenantRow { name: name.parse().unwrap(), settings, created_at: Timestamp::UNIX_EPOCH };
         Caller::Operator.tenant(Some(Arc::new(row))).unwrap()
     }
 
     fn admission(jobs_running: usize, pids: u64, jobs_queued: usize) -> Admission {
-        Admission::new(Capacity {
-            jobs_running,
-            pids,
-            jobs_queued,
-            queue_timeout: Duration::from_millis(50),
-        })
+        Admission::new(Capacity { jobs_running, pids, jobs_queued, queue_timeout: Duration::from_millis(50) })
     }
 
     #[tokio::test]
@@ -404,10 +364,7 @@ mod tests {
         });
         assert_eq!(refused.unwrap_err(), AdmissionError::TenantQueueFull(1));
         assert_eq!(waits.unwrap_err(), AdmissionError::TenantBusy(1));
-        assert!(
-            admission.admit(&tenant("b", 1, 1), 1).await.is_ok(),
-            "another tenant is not kept waiting"
-        );
+        assert!(admission.admit(&tenant("b", 1, 1), 1).await.is_ok(), "another tenant is not kept waiting");
         assert_eq!(admission.load(), (1, 0));
     }
 

@@ -17,39 +17,17 @@ macro_rules! native {
 
 macro_rules! wasm {
     ($name:literal) => {
-        include_bytes!(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../plugins/",
-            $name,
-            "/",
-            $name,
-            ".wasm"
-        ))
+        include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/../plugins/", $name, "/", $name, ".wasm"))
     };
 }
 
 /// `word-count` as a native program and as WebAssembly, from the same source.
-pub const WORD_COUNT_NATIVE: Bundled = Bundled {
-    name: "word-count",
-    artifact: native!("word-count"),
-};
+pub const WORD_COUNT_NATIVE: Bundled = Bundled { name: "word-count", artifact: native!("word-count") };
 /// See [`WORD_COUNT_NATIVE`].
-pub const WORD_COUNT_WASM: Bundled = Bundled {
-    name: "word-count-wasm",
-    artifact: wasm!("word-count"),
-};
+pub const WORD_COUNT_WASM: Bundled = Bundled { name: "word-count-wasm", artifact: wasm!("word-count") };
 /// `echo` as a native program and as WebAssembly.
-pub const ECHO_NATIVE: Bundled = Bundled {
-    name: "echo",
-    artifact: native!("echo"),
-};
+pub const ECHO_NATIVE: Bundled = Bundled { name: "echo", artifact: native!("echo") };
 /// See [`ECHO_NATIVE`].
-pub const ECHO_WASM: Bundled = Bundled {
-    name: "echo-wasm",
-    artifact: wasm!("echo"),
-};
+pub const ECHO_WASM: Bundled = Bundled { name: "echo-wasm", artifact: wasm!("echo") };
 /// The attacker.
-pub const PROBE: Bundled = Bundled {
-    name: "probe",
-    artifact: native!("probe"),
-};
+pub const PROBE: Bundled = Bundled { name: "probe", artifact: native!("probe") };

@@ -173,24 +173,15 @@ impl Config {
             None => toml::Table::new(),
             Some(path) => {
                 let read = std::fs::read_to_string(path);
-                let text = read.map_err(|source| ConfigError::Read {
-                    path: path.to_owned(),
-                    source,
-                })?;
+                let text = read.map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
                 let parsed = text.parse::<toml::Table>();
                 let origin = path.display().to_string();
-                parsed.map_err(|error| ConfigError::Parse {
-                    origin,
-                    detail: error.to_string(),
-                })?
+                parsed.map_err(|error| ConfigError::Parse { origin, detail: error.to_string() })?
             }
         };
         let mut origin = file.map_or_else(|| "the command line".to_owned(), |path| path.display().to_string());
         for (name, value) in env {
-            if let Some(key) = name
-                .strip_prefix(PREFIX)
-                .filter(|_| !NOT_SETTINGS.contains(&name.as_str()))
-            {
+            if let Some(key) = name.strip_prefix(PREFIX).filter(|_| !NOT_SETTINGS.contains(&name.as_str())) {
                 table.insert(key.to_ascii_lowercase(), plain_or_toml(&value));
                 origin.push_str(" and the environment");
             }
@@ -198,10 +189,9 @@ impl Config {
         for (key, value) in flags {
             table.insert((*key).to_owned(), value.clone());
         }
-        let config: Self = table.try_into().map_err(|error: toml::de::Error| ConfigError::Parse {
-            origin,
-            detail: error.to_string(),
-        })?;
+        let config: Self = table
+            .try_into()
+            .map_err(|error: toml::de::Error| ConfigError::Parse { origin, detail: error.to_string() })?;
         config.check()?;
         Ok(config)
     }
@@ -242,25 +232,16 @@ impl Config {
         use holm_sandbox::limits::Limits;
         let time = |ms| Limits::TIME.contains(&Duration::from_millis(ms));
         let demand = "it must be 10 to 3,600,000";
-        for (key, value) in [
-            ("compile_cpu_time_ms", self.compile_cpu_time_ms),
-            ("compile_wall_time_ms", self.compile_wall_time_ms),
-        ] {
+        for (key, value) in
+            [("compile_cpu_time_ms", self.compile_cpu_time_ms), ("compile_wall_time_ms", self.compile_wall_time_ms)]
+        {
             if !time(value) {
-                return Err(ConfigError::Value {
-                    key,
-                    given: value.to_string(),
-                    demand,
-                });
+                return Err(ConfigError::Value { key, given: value.to_string(), demand });
             }
         }
         if !Limits::MEMORY_BYTES.contains(&self.compile_memory_bytes) {
             let (key, given) = ("compile_memory_bytes", self.compile_memory_bytes.to_string());
-            return Err(ConfigError::Value {
-                key,
-                given,
-                demand: "it must be 4 MiB to 4 GiB",
-            });
+            return Err(ConfigError::Value { key, given, demand: "it must be 4 MiB to 4 GiB" });
         }
         Ok(())
     }
@@ -311,10 +292,7 @@ const PID_RESERVE: u64 = 4096;
 /// A value that parses as TOML is that; everything else is the text itself.
 fn plain_or_toml(text: &str) -> toml::Value {
     let parsed = format!("x = {text}").parse::<toml::Table>();
-    parsed
-        .ok()
-        .and_then(|mut table| table.remove("x"))
-        .unwrap_or_else(|| toml::Value::String(text.to_owned()))
+    parsed.ok().and_then(|mut table| table.remove("x")).unwrap_or_else(|| toml::Value::String(text.to_owned()))
 }
 
 #[cfg(test)]
@@ -332,17 +310,10 @@ mod tests {
     #[test]
     fn flags_beat_the_environment_and_that_beats_the_file() {
         let file = "listen = '127.0.0.1:1'\njobs_running = 1\njobs_queued = 1\n[job_defaults]\npids = 7\n";
-        let env = [
-            ("HOLM_LISTEN", "127.0.0.1:2"),
-            ("HOLM_JOBS_RUNNING", "2"),
-            ("HOLM_OPERATOR_KEY", "x"),
-            ("PATH", "y"),
-        ];
+        let env =
+            [("HOLM_LISTEN", "127.0.0.1:2"), ("HOLM_JOBS_RUNNING", "2"), ("HOLM_OPERATOR_KEY", "x"), ("PATH", "y")];
         let config = load(file, &env, &[("listen", toml::Value::String("127.0.0.1:3".into()))]).unwrap();
-        assert_eq!(
-            (config.listen.port(), config.jobs_running, config.jobs_queued),
-            (3, 2, 1)
-        );
+        assert_eq!((config.listen.port(), config.jobs_running, config.jobs_queued), (3, 2, 1));
         assert_eq!(config.job_defaults["pids"], 7);
         assert_eq!(config.connections, 4096);
     }
@@ -363,10 +334,7 @@ mod tests {
             let error = load(toml, &[], &[]).unwrap_err().to_string();
             assert!(error.contains(word), "{toml}: {error}");
         }
-        assert!(matches!(
-            load("", &[("HOLM_JOBS_RUNNING", "0")], &[]),
-            Err(ConfigError::Value { .. })
-        ));
+        assert!(matches!(load("", &[("HOLM_JOBS_RUNNING", "0")], &[]), Err(ConfigError::Value { .. })));
     }
 
     #[test]

@@ -37,20 +37,13 @@ struct Inside;
 impl Workload for Inside {
     fn prepare(&self, spec: &SandboxSpec, artifact: OwnedFd) -> nix::Result<Box<dyn Task>> {
         Ok(match spec.kind {
-            Kind::Native => Box::new(Native {
-                path: format!("/bin/{}", spec.program),
-            }),
-            Kind::Compile => Box::new(Compile {
-                source: artifact.into(),
-            }),
+            Kind::Native => Box::new(Native { path: format!("/bin/{}", spec.program) }),
+            Kind::Compile => Box::new(Compile { source: artifact.into() }),
             Kind::Wasm => {
                 let size = |bytes: u64| usize::try_from(bytes).map_err(|_| Errno::EOVERFLOW);
                 let memory_bytes = size(spec.limits.memory_bytes)?;
                 let loaded = wasm::load(File::from(artifact), size(spec.limits.stack_bytes)?);
-                Box::new(Wasm {
-                    loaded: loaded.map_err(|_| Errno::ENOEXEC)?,
-                    memory_bytes,
-                })
+                Box::new(Wasm { loaded: loaded.map_err(|_| Errno::ENOEXEC)?, memory_bytes })
             }
         })
     }
@@ -63,11 +56,7 @@ struct Native {
 
 impl Task for Native {
     fn run(self: Box<Self>, job: Job) -> i32 {
-        let Job {
-            payload,
-            channel,
-            started,
-        } = job;
+        let Job { payload, channel, started } = job;
         let invocation = match invocation(&payload) {
             Ok(invocation) => invocation,
             Err(report) => return tell(&channel, &report),
@@ -86,11 +75,7 @@ struct Wasm {
 
 impl Task for Wasm {
     fn run(self: Box<Self>, job: Job) -> i32 {
-        let Job {
-            payload,
-            channel,
-            started,
-        } = job;
+        let Job { payload, channel, started } = job;
         let report = match invocation(&payload) {
             Ok(invocation) => self.loaded.run(&invocation, self.memory_bytes, || started.signal()),
             Err(report) => report,
@@ -116,10 +101,7 @@ fn invocation(payload: &[u8]) -> Result<Invocation, Report> {
 
 /// Reports to the server. Gives the exit code to end with.
 fn tell(channel: &Packets, report: &Report) -> i32 {
-    let ran = matches!(
-        report,
-        Report::Wasm { .. } | Report::Compiled { .. } | Report::Invalid(_)
-    );
+    let ran = matches!(report, Report::Wasm { .. } | Report::Compiled { .. } | Report::Invalid(_));
     match channel.send(report, NO_FDS) {
         Ok(()) if ran => 0,
         _ => NO_RUN,

@@ -82,14 +82,7 @@ struct Row {
 }
 
 const fn row(limit: Limit, key: &'static str, minimum: u64, default: u64, maximum: u64, about: &'static str) -> Row {
-    Row {
-        limit,
-        key,
-        minimum,
-        default,
-        maximum,
-        about,
-    }
+    Row { limit, key, minimum, default, maximum, about }
 }
 
 /// The published table. Minimum and default of some rows differ for WebAssembly, see [`Limit::minimum`] and
@@ -103,38 +96,10 @@ const TABLE: [Row; 13] = [
         4 * GIB,
         "memory of the whole job, /tmp and swap included; at least 16 MiB for WebAssembly",
     ),
-    row(
-        Limit::CpuCores,
-        "cpu_cores",
-        10,
-        1000,
-        u64::MAX,
-        "CPU time per wall time; at most the host's CPUs",
-    ),
-    row(
-        Limit::CpuWeight,
-        "cpu_weight",
-        1,
-        100,
-        10_000,
-        "share of CPU under contention",
-    ),
-    row(
-        Limit::CpuTimeMs,
-        "cpu_time_ms",
-        10,
-        30_000,
-        3_600_000,
-        "CPU time in all, user and system",
-    ),
-    row(
-        Limit::WallTimeMs,
-        "wall_time_ms",
-        10,
-        30_000,
-        3_600_000,
-        "time from the start of the plugin's code",
-    ),
+    row(Limit::CpuCores, "cpu_cores", 10, 1000, u64::MAX, "CPU time per wall time; at most the host's CPUs"),
+    row(Limit::CpuWeight, "cpu_weight", 1, 100, 10_000, "share of CPU under contention"),
+    row(Limit::CpuTimeMs, "cpu_time_ms", 10, 30_000, 3_600_000, "CPU time in all, user and system"),
+    row(Limit::WallTimeMs, "wall_time_ms", 10, 30_000, 3_600_000, "time from the start of the plugin's code"),
     row(Limit::Pids, "pids", 1, 64, 4096, "processes and threads at once"),
     row(
         Limit::Fuel,
@@ -152,38 +117,10 @@ const TABLE: [Row; 13] = [
         256 * MIB,
         "bytes of standard output and of standard error, each",
     ),
-    row(
-        Limit::InputBytes,
-        "input_bytes",
-        1,
-        16 * MIB,
-        256 * MIB,
-        "bytes of input",
-    ),
-    row(
-        Limit::ScratchBytes,
-        "scratch_bytes",
-        4 * KIB,
-        16 * MIB,
-        GIB,
-        "size of /tmp, charged to memory_bytes too",
-    ),
-    row(
-        Limit::ScratchInodes,
-        "scratch_inodes",
-        16,
-        1024,
-        65_536,
-        "files and directories in /tmp",
-    ),
-    row(
-        Limit::OpenFiles,
-        "open_files",
-        16,
-        256,
-        16_384,
-        "open descriptors of one process",
-    ),
+    row(Limit::InputBytes, "input_bytes", 1, 16 * MIB, 256 * MIB, "bytes of input"),
+    row(Limit::ScratchBytes, "scratch_bytes", 4 * KIB, 16 * MIB, GIB, "size of /tmp, charged to memory_bytes too"),
+    row(Limit::ScratchInodes, "scratch_inodes", 16, 1024, 65_536, "files and directories in /tmp"),
+    row(Limit::OpenFiles, "open_files", 16, 256, 16_384, "open descriptors of one process"),
     row(
         Limit::StackBytes,
         "stack_bytes",
@@ -356,12 +293,7 @@ impl Given {
             }
             let (minimum, maximum) = (limit.minimum(runtime), maximums.of(limit));
             if !(minimum..=maximum).contains(&value) {
-                return Err(LimitError::OutOfRange {
-                    limit,
-                    given: number.clone(),
-                    minimum,
-                    maximum,
-                });
+                return Err(LimitError::OutOfRange { limit, given: number.clone(), minimum, maximum });
             }
             given.insert(limit, value);
         }
@@ -387,10 +319,7 @@ impl Given {
     /// As a JSON object.
     #[must_use]
     pub fn to_json(&self) -> Map<String, Value> {
-        self.0
-            .iter()
-            .map(|(limit, value)| (limit.key().to_owned(), limit.to_json(*value)))
-            .collect()
+        self.0.iter().map(|(limit, value)| (limit.key().to_owned(), limit.to_json(*value))).collect()
     }
 }
 
@@ -413,10 +342,7 @@ impl Maximums {
     /// The maximum of one limit.
     #[must_use]
     pub fn of(&self, limit: Limit) -> u64 {
-        self.0
-            .iter()
-            .filter_map(|set| set.get(limit))
-            .fold(limit.maximum(), u64::min)
+        self.0.iter().filter_map(|set| set.get(limit)).fold(limit.maximum(), u64::min)
     }
 }
 
@@ -436,10 +362,7 @@ impl Limits {
             let given = sources.iter().find_map(|source| source.get(limit));
             given.unwrap_or_else(|| limit.default(runtime)).min(maximums.of(limit))
         };
-        Self {
-            values: Limit::ALL.map(value),
-            runtime,
-        }
+        Self { values: Limit::ALL.map(value), runtime }
     }
 
     /// Whether every value is possible: a tenant's default of 8 MiB of memory does for a native plugin, but not for
@@ -452,12 +375,7 @@ impl Limits {
             let (value, minimum) = (self.get(limit), limit.minimum(Some(self.runtime)));
             if value < minimum {
                 let given = Number::from(value);
-                return Err(LimitError::OutOfRange {
-                    limit,
-                    given,
-                    minimum,
-                    maximum: maximums.of(limit),
-                });
+                return Err(LimitError::OutOfRange { limit, given, minimum, maximum: maximums.of(limit) });
             }
         }
         Ok(())
@@ -473,9 +391,7 @@ impl Limits {
     #[must_use]
     pub fn to_json(&self) -> Map<String, Value> {
         let applying = Limit::ALL.into_iter().filter(|limit| limit.applies_to(self.runtime));
-        applying
-            .map(|limit| (limit.key().to_owned(), limit.to_json(self.get(limit))))
-            .collect()
+        applying.map(|limit| (limit.key().to_owned(), limit.to_json(self.get(limit)))).collect()
     }
 
     /// What of it the kernel enforces.
@@ -518,11 +434,7 @@ mod tests {
         for (i, row) in TABLE.iter().enumerate() {
             assert_eq!(row.limit as usize, i);
             assert_eq!(Limit::from_key(row.key), Some(row.limit));
-            assert!(
-                row.minimum > 0 && row.minimum <= row.default && row.default <= row.maximum,
-                "{}",
-                row.key
-            );
+            assert!(row.minimum > 0 && row.minimum <= row.default && row.default <= row.maximum, "{}", row.key);
         }
     }
 
@@ -537,53 +449,29 @@ mod tests {
             let step = if limit == Limit::CpuCores { 10 } else { 1 };
             for value in [low - step, high + step] {
                 let error = read(json!({ limit.key(): limit.to_json(value) })).unwrap_err();
-                assert!(
-                    matches!(error, LimitError::OutOfRange { .. }),
-                    "{} = {value}: {error:?}",
-                    limit.key()
-                );
+                assert!(matches!(error, LimitError::OutOfRange { .. }), "{} = {value}: {error:?}", limit.key());
             }
         }
     }
 
     #[test]
     fn zero_negative_and_huge_are_out_of_range() {
-        for text in [
-            "0",
-            "-1",
-            "1e308",
-            "-1e308",
-            "99999999999999999999999",
-            "18446744073709551615",
-        ] {
+        for text in ["0", "-1", "1e308", "-1e308", "99999999999999999999999", "18446744073709551615"] {
             for limit in Limit::ALL {
                 let json: Value = serde_json::from_str(&format!("{{\"{}\": {text}}}", limit.key())).unwrap();
                 let error = read(json).unwrap_err();
-                assert!(
-                    matches!(error, LimitError::OutOfRange { .. }),
-                    "{} = {text}: {error:?}",
-                    limit.key()
-                );
+                assert!(matches!(error, LimitError::OutOfRange { .. }), "{} = {text}: {error:?}", limit.key());
             }
         }
     }
 
     #[test]
     fn what_is_no_number_is_malformed() {
-        for value in [
-            json!("1"),
-            json!(null),
-            json!([1]),
-            json!({}),
-            json!(true),
-            json!(1000.5),
-        ] {
+        for value in [json!("1"), json!(null), json!([1]), json!({}), json!(true), json!(1000.5)] {
             let error = read(json!({ "pids": value })).unwrap_err();
             assert!(matches!(error, LimitError::Malformed(_)), "{value}: {error:?}");
         }
-        let LimitError::Malformed(text) = read(json!({"memory": 1})).unwrap_err() else {
-            panic!()
-        };
+        let LimitError::Malformed(text) = read(json!({"memory": 1})).unwrap_err() else { panic!() };
         assert!(text.contains("`memory`") && text.contains("memory_bytes"), "{text}");
     }
 
@@ -592,10 +480,7 @@ mod tests {
         let given = read(json!({"cpu_cores": 0.25})).unwrap();
         assert_eq!(given.get(Limit::CpuCores), Some(250));
         assert_eq!(Value::Object(given.to_json()), json!({"cpu_cores": 0.25}));
-        assert_eq!(
-            Value::Object(read(json!({"cpu_cores": 1})).unwrap().to_json()),
-            json!({"cpu_cores": 1})
-        );
+        assert_eq!(Value::Object(read(json!({"cpu_cores": 1})).unwrap().to_json()), json!({"cpu_cores": 1}));
     }
 
     #[test]
@@ -612,18 +497,11 @@ mod tests {
 
     #[test]
     fn the_first_source_that_gives_a_value_wins() {
-        let (a, b) = (
-            read(json!({"pids": 3})).unwrap(),
-            read(json!({"pids": 5, "open_files": 99})).unwrap(),
-        );
+        let (a, b) = (read(json!({"pids": 3})).unwrap(), read(json!({"pids": 5, "open_files": 99})).unwrap());
         let limits = Limits::resolve(Runtime::Wasm, &[&a, &b], &Maximums::default());
         assert_eq!((limits.get(Limit::Pids), limits.get(Limit::OpenFiles)), (3, 99));
         assert_eq!(limits.get(Limit::StackBytes), MIB, "WebAssembly's own default");
-        assert!(
-            !Limits::resolve(Runtime::Native, &[], &Maximums::default())
-                .to_json()
-                .contains_key("fuel")
-        );
+        assert!(!Limits::resolve(Runtime::Native, &[], &Maximums::default()).to_json().contains_key("fuel"));
     }
 
     #[test]
@@ -631,18 +509,9 @@ mod tests {
         let stored = read(json!({"pids": 64})).unwrap();
         let lower = Maximums::least_of(vec![read(json!({"pids": 8})).unwrap()]);
         assert_eq!(Limits::resolve(Runtime::Native, &[&stored], &lower).get(Limit::Pids), 8);
-        assert_eq!(
-            Limits::resolve(Runtime::Native, &[], &lower).get(Limit::Pids),
-            8,
-            "the default too"
-        );
+        assert_eq!(Limits::resolve(Runtime::Native, &[], &lower).get(Limit::Pids), 8, "the default too");
         let error = Given::read(&object(json!({"pids": 9})), None, &lower).unwrap_err();
-        let expected = LimitError::OutOfRange {
-            limit: Limit::Pids,
-            given: 9.into(),
-            minimum: 1,
-            maximum: 8,
-        };
+        let expected = LimitError::OutOfRange { limit: Limit::Pids, given: 9.into(), minimum: 1, maximum: 8 };
         assert_eq!(error, expected);
     }
 

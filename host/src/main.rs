@@ -5,10 +5,7 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    if std::env::args_os()
-        .next()
-        .is_some_and(|name| name == holm::inside::LAUNCHER)
-    {
+    if std::env::args_os().next().is_some_and(|name| name == holm::inside::LAUNCHER) {
         return ExitCode::from(u8::try_from(holm::inside::launcher_main()).unwrap_or(u8::MAX));
     }
     holm::cli::main()

@@ -19,14 +19,9 @@ pub struct LogError {
 /// # Errors
 /// [`LogError`].
 pub fn start(directives: &str, format: LogFormat) -> Result<(), LogError> {
-    let filter = EnvFilter::try_new(directives).map_err(|error| LogError {
-        directives: directives.to_owned(),
-        detail: error.to_string(),
-    })?;
-    let lines = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_target(false);
+    let filter = EnvFilter::try_new(directives)
+        .map_err(|error| LogError { directives: directives.to_owned(), detail: error.to_string() })?;
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
     // a second start, in tests, changes nothing
     let _ = match format {
         LogFormat::Text => lines.with_ansi(false).try_init(),

@@ -50,9 +50,9 @@ pub fn inspect<'data, R: ReadRef<'data>>(data: R) -> Result<Format, FormatError>
         // the second half of the version word is the layer: 0 is a module, 1 a component
         [0, b'a', b's', b'm', _, _, 1, 0, ..] => Err(FormatError::Component),
         [0, b'a', b's', b'm', ..] if head.len() >= 8 => Ok(Format::Module),
-        [0, b'a', b's', b'm', ..] => Err(FormatError::Unknown(
-            "a WebAssembly module that ends within its first 8 bytes",
-        )),
+        [0, b'a', b's', b'm', ..] => {
+            Err(FormatError::Unknown("a WebAssembly module that ends within its first 8 bytes"))
+        }
         _ if is_wasm_text(head) => Ok(Format::Text),
         _ => Err(FormatError::Unknown(describe(head))),
     }
@@ -181,8 +181,7 @@ fn inspect_elf<'data, R: ReadRef<'data>>(head: &[u8], data: R) -> Result<(), For
 
 /// Whether the file holds `size` bytes from `start` on.
 fn within<'data, R: ReadRef<'data>>(data: R, start: u64, size: u64) -> bool {
-    data.len()
-        .is_ok_and(|len| start.checked_add(size).is_some_and(|end| end <= len))
+    data.len().is_ok_and(|len| start.checked_add(size).is_some_and(|end| end <= len))
 }
 
 fn machine_name(machine: elf::Machine) -> String {
@@ -227,24 +226,7 @@ mod tests {
         }
 
         fn bytes(&self) -> Vec<u8> {
-            let mut out = vec![
-                0x7f,
-                b'E',
-                b'L',
-                b'F',
-                self.class.0,
-                1,
-                1,
-                self.abi,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-            ];
+            let mut out = vec![0x7f, b'E', b'L', b'F', self.class.0, 1, 1, self.abi, 0, 0, 0, 0, 0, 0, 0, 0];
             out.extend(self.kind.0.to_le_bytes());
             out.extend(self.machine.0.to_le_bytes());
             out.extend(1_u32.to_le_bytes());
@@ -275,17 +257,7 @@ mod tests {
     #[test]
     fn a_static_program_passes() {
         assert_eq!(inspect(&Elf::program().bytes()[..]), Ok(Format::Elf));
-        assert_eq!(
-            inspect(
-                &Elf {
-                    kind: elf::ET_DYN,
-                    ..Elf::program()
-                }
-                .bytes()[..]
-            ),
-            Ok(Format::Elf),
-            "static-pie"
-        );
+        assert_eq!(inspect(&Elf { kind: elf::ET_DYN, ..Elf::program() }.bytes()[..]), Ok(Format::Elf), "static-pie");
     }
 
     #[test]
@@ -295,79 +267,24 @@ mod tests {
         dynamic.segments.push((elf::PT_INTERP, elf::PF_R, at, 28));
         dynamic.tail = b"/lib64/ld-linux-x86-64.so.2\0".to_vec();
         dynamic.tail.resize(0x100, 0);
-        assert!(
-            dynamic.refusal().contains("`/lib64/ld-linux-x86-64.so.2`"),
-            "{}",
-            dynamic.refusal()
-        );
+        assert!(dynamic.refusal().contains("`/lib64/ld-linux-x86-64.so.2`"), "{}", dynamic.refusal());
     }
 
     #[test]
     fn what_cannot_run_here_is_refused_in_words() {
         let cases = [
+            (Elf { machine: elf::EM_AARCH64, ..Elf::program() }, "aarch64"),
+            (Elf { class: elf::ELFCLASS32, ..Elf::program() }, "32-bit"),
+            (Elf { kind: elf::ET_REL, ..Elf::program() }, "object file"),
+            (Elf { kind: elf::ET_CORE, ..Elf::program() }, "core dump"),
+            (Elf { abi: 200, ..Elf::program() }, "ABI 200"),
+            (Elf { entry: 0, ..Elf::program() }, "entry point"),
+            (Elf { segments: vec![(elf::PT_LOAD, elf::PF_R, 0, 0x100)], ..Elf::program() }, "entry point"),
             (
-                Elf {
-                    machine: elf::EM_AARCH64,
-                    ..Elf::program()
-                },
-                "aarch64",
-            ),
-            (
-                Elf {
-                    class: elf::ELFCLASS32,
-                    ..Elf::program()
-                },
-                "32-bit",
-            ),
-            (
-                Elf {
-                    kind: elf::ET_REL,
-                    ..Elf::program()
-                },
-                "object file",
-            ),
-            (
-                Elf {
-                    kind: elf::ET_CORE,
-                    ..Elf::program()
-                },
-                "core dump",
-            ),
-            (
-                Elf {
-                    abi: 200,
-                    ..Elf::program()
-                },
-                "ABI 200",
-            ),
-            (
-                Elf {
-                    entry: 0,
-                    ..Elf::program()
-                },
-                "entry point",
-            ),
-            (
-                Elf {
-                    segments: vec![(elf::PT_LOAD, elf::PF_R, 0, 0x100)],
-                    ..Elf::program()
-                },
-                "entry point",
-            ),
-            (
-                Elf {
-                    segments: vec![(elf::PT_LOAD, elf::PF_R | elf::PF_X, 0, 0x10_0000)],
-                    ..Elf::program()
-                },
+                Elf { segments: vec![(elf::PT_LOAD, elf::PF_R | elf::PF_X, 0, 0x10_0000)], ..Elf::program() },
                 "truncated",
             ),
-            (
-                Elf {
-                    segments: vec![(elf::PT_LOAD, elf::PF_R | elf::PF_X, u64::MAX, 2)],
-                    ..Elf::program()
-                },
-                "truncated",
-            ),
+            (Elf { segments: vec![(elf::PT_LOAD, elf::PF_R | elf::PF_X, u64::MAX, 2)], ..Elf::program() }, "truncated"),
         ];
         for (elf, word) in cases {
             assert!(elf.refusal().contains(word), "{word}: {}", elf.refusal());

@@ -23,16 +23,8 @@ pub fn exec(path: &str, invocation: &Invocation) -> io::Error {
 fn try_exec(path: &str, invocation: &Invocation) -> io::Result<std::convert::Infallible> {
     let c_string = |text: String| CString::new(text).map_err(|_| io::Error::from(Errno::EINVAL));
     let path = c_string(path.to_owned())?;
-    let args: Vec<CString> = invocation
-        .args
-        .iter()
-        .cloned()
-        .map(c_string)
-        .collect::<io::Result<_>>()?;
-    let env = invocation
-        .env
-        .iter()
-        .map(|(key, value)| c_string(format!("{key}={value}")));
+    let args: Vec<CString> = invocation.args.iter().cloned().map(c_string).collect::<io::Result<_>>()?;
+    let env = invocation.env.iter().map(|(key, value)| c_string(format!("{key}={value}")));
     let env: Vec<CString> = env.collect::<io::Result<_>>()?;
     Ok(execve(&path, &args, &env)?)
 }

@@ -184,10 +184,7 @@ pub(crate) trait AtStep<T> {
 
 impl<T> AtStep<T> for nix::Result<T> {
     fn at(self, step: Step) -> Result<T, LaunchError> {
-        self.map_err(|errno| LaunchError {
-            step,
-            errno: errno as i32,
-        })
+        self.map_err(|errno| LaunchError { step, errno: errno as i32 })
     }
 }
 

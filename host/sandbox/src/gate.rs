@@ -87,8 +87,6 @@ impl SandboxGate {
     }
 
     pub(crate) fn tell(&self, message: FromSandbox) -> nix::Result<()> {
-        self.0
-            .send(&message, NO_FDS)
-            .map_err(|error| crate::sys::process::errno_of(&error))
+        self.0.send(&message, NO_FDS).map_err(|error| crate::sys::process::errno_of(&error))
     }
 }

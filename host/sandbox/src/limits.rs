@@ -144,15 +144,9 @@ mod tests {
 
     #[test]
     fn huge_is_refused() {
-        let limits = Limits {
-            memory_bytes: u64::MAX,
-            ..some()
-        };
+        let limits = Limits { memory_bytes: u64::MAX, ..some() };
         assert_eq!(limits.check(), Err(LimitError("memory_bytes")));
-        let limits = Limits {
-            wall_time: Duration::MAX,
-            ..some()
-        };
+        let limits = Limits { wall_time: Duration::MAX, ..some() };
         assert_eq!(limits.check(), Err(LimitError("wall_time_ms")));
     }
 }

@@ -72,19 +72,7 @@ mod tests {
         for good in ["a", "0", "acme", "a-b", "a-", &"x".repeat(63)] {
             assert!(good.parse::<Name>().is_ok(), "{good}");
         }
-        for bad in [
-            "",
-            "-a",
-            ".",
-            "..",
-            "a/b",
-            "a_b",
-            "A",
-            "ä",
-            "a b",
-            "a\0",
-            &"x".repeat(64),
-        ] {
+        for bad in ["", "-a", ".", "..", "a/b", "a_b", "A", "ä", "a b", "a\0", &"x".repeat(64)] {
             assert!(bad.parse::<Name>().is_err(), "{bad:?}");
         }
     }

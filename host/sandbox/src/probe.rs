@@ -49,30 +49,15 @@ pub struct Check {
 
 impl Check {
     fn ok(name: &'static str, found: impl Into<String>) -> Self {
-        Self {
-            name,
-            status: Status::Ok,
-            found: found.into(),
-            mend: String::new(),
-        }
+        Self { name, status: Status::Ok, found: found.into(), mend: String::new() }
     }
 
     fn warn(name: &'static str, found: impl Into<String>, mend: impl Into<String>) -> Self {
-        Self {
-            name,
-            status: Status::Warn,
-            found: found.into(),
-            mend: mend.into(),
-        }
+        Self { name, status: Status::Warn, found: found.into(), mend: mend.into() }
     }
 
     fn fail(name: &'static str, found: impl Into<String>, mend: impl Into<String>) -> Self {
-        Self {
-            name,
-            status: Status::Fail,
-            found: found.into(),
-            mend: mend.into(),
-        }
+        Self { name, status: Status::Fail, found: found.into(), mend: mend.into() }
     }
 }
 
@@ -83,16 +68,7 @@ const OLDEST_KERNEL: (u32, u32) = (5, 14);
 /// Capabilities that the launcher cannot do without.
 const NEEDED: [Capability; 8] = {
     use Capability::*;
-    [
-        CAP_SYS_ADMIN,
-        CAP_SETUID,
-        CAP_SETGID,
-        CAP_SYS_PTRACE,
-        CAP_KILL,
-        CAP_MKNOD,
-        CAP_FOWNER,
-        CAP_DAC_OVERRIDE,
-    ]
+    [CAP_SYS_ADMIN, CAP_SETUID, CAP_SETGID, CAP_SYS_PTRACE, CAP_KILL, CAP_MKNOD, CAP_FOWNER, CAP_DAC_OVERRIDE]
 };
 
 /// The most open files that a job may ask for.
@@ -136,11 +112,7 @@ fn version(release: &str) -> Option<(u32, u32)> {
 
 fn privileges() -> Check {
     let effective: HashSet<Capability> = caps::read(None, CapSet::Effective).unwrap_or_default();
-    let missing: Vec<String> = NEEDED
-        .iter()
-        .filter(|c| !effective.contains(c))
-        .map(ToString::to_string)
-        .collect();
+    let missing: Vec<String> = NEEDED.iter().filter(|c| !effective.contains(c)).map(ToString::to_string).collect();
     if !missing.is_empty() {
         let mend =
             "start holm as root, in a container with these capabilities added; the server itself drops all of them";
@@ -179,10 +151,7 @@ fn namespaces() -> Check {
 
 fn cgroups() -> Check {
     match Plan::for_this_process() {
-        Ok(plan) => Check::ok(
-            "cgroups",
-            format!("{}: cpu, cpuacct, memory, pids, freezer", plan.version()),
-        ),
+        Ok(plan) => Check::ok("cgroups", format!("{}: cpu, cpuacct, memory, pids, freezer", plan.version())),
         Err(error) => {
             let mend = "mount the cgroup file systems writable; under systemd use a unit with Delegate=yes";
             Check::fail("cgroups", error.to_string(), mend)
@@ -207,27 +176,17 @@ fn landlock() -> Check {
 
 fn seccomp() -> Check {
     let actions = read("/proc/sys/kernel/seccomp/actions_avail").unwrap_or_default();
-    if ["kill_process", "errno", "allow"]
-        .iter()
-        .all(|action| actions.split(' ').any(|a| a == *action))
-    {
+    if ["kill_process", "errno", "allow"].iter().all(|action| actions.split(' ').any(|a| a == *action)) {
         return Check::ok("seccomp", actions);
     }
-    Check::fail(
-        "seccomp",
-        format!("actions: `{actions}`"),
-        "use a kernel built with CONFIG_SECCOMP_FILTER",
-    )
+    Check::fail("seccomp", format!("actions: `{actions}`"), "use a kernel built with CONFIG_SECCOMP_FILTER")
 }
 
 fn uids(lock_dir: &Path) -> Check {
     match UidPool::claim(lock_dir) {
         Ok(_) => Check::ok("uids", "a block of 1,048,576 host uids is free"),
         Err(error) => {
-            let mend = format!(
-                "make `{}` writable for root, on a local file system",
-                lock_dir.display()
-            );
+            let mend = format!("make `{}` writable for root, on a local file system", lock_dir.display());
             Check::fail("uids", error.to_string(), mend)
         }
     }
@@ -246,11 +205,7 @@ fn open_files() -> Check {
 }
 
 fn swap() -> Check {
-    let swaps = read("/proc/swaps")
-        .unwrap_or_default()
-        .lines()
-        .count()
-        .saturating_sub(1);
+    let swaps = read("/proc/swaps").unwrap_or_default().lines().count().saturating_sub(1);
     if swaps == 0 {
         return Check::ok("swap", "none");
     }
@@ -259,26 +214,16 @@ fn swap() -> Check {
     if accounted {
         return Check::ok("swap", "there is some, and it is accounted");
     }
-    Check::warn(
-        "swap",
-        "there is some, and it is not accounted",
-        "boot with `swapaccount=1`, or turn swap off",
-    )
+    Check::warn("swap", "there is some, and it is not accounted", "boot with `swapaccount=1`, or turn swap off")
 }
 
 fn pids() -> Check {
-    let max: u64 = read("/proc/sys/kernel/pid_max")
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(0);
+    let max: u64 = read("/proc/sys/kernel/pid_max").and_then(|text| text.parse().ok()).unwrap_or(0);
     if max >= 1 << 17 {
         return Check::ok("pids", format!("kernel.pid_max is {max}"));
     }
     let mend = "raise kernel.pid_max by sysctl (up to 4194304) to run more jobs at once";
-    Check::warn(
-        "pids",
-        format!("kernel.pid_max is {max}, which bounds the jobs at once"),
-        mend,
-    )
+    Check::warn("pids", format!("kernel.pid_max is {max}, which bounds the jobs at once"), mend)
 }
 
 /// What lets neighbours on one machine learn of each other in spite of all walls.
@@ -291,8 +236,7 @@ fn neighbours() -> Check {
         found.push("KSM merges pages");
     }
     let vulnerable = fs::read_dir("/sys/devices/system/cpu/vulnerabilities").is_ok_and(|dir| {
-        dir.flatten()
-            .any(|entry| fs::read_to_string(entry.path()).is_ok_and(|text| text.starts_with("Vulnerable")))
+        dir.flatten().any(|entry| fs::read_to_string(entry.path()).is_ok_and(|text| text.starts_with("Vulnerable")))
     });
     if vulnerable {
         found.push("a CPU vulnerability has no mitigation");
@@ -343,20 +287,13 @@ pub fn trial(launcher: &Packets) -> Result<Isolation, TrialError> {
     let mut program = fs::File::from(program);
     program.write_all(b"never run").map_err(broken)?;
     let spec = trial_spec();
-    launcher
-        .send(
-            &ToLauncher::Launch { id, spec },
-            &[OwnedFd::from(theirs), program.into()],
-        )
-        .map_err(broken)?;
+    launcher.send(&ToLauncher::Launch { id, spec }, &[OwnedFd::from(theirs), program.into()]).map_err(broken)?;
     let isolation = match receive(launcher)? {
         FromLauncher::Ready { isolation, .. } => *isolation,
         FromLauncher::Refused { error, .. } => return Err(TrialError::Refused(error)),
         other => return Err(TrialError::Broken(format!("{other:?}"))),
     };
-    launcher
-        .send(&ToLauncher::Kill(id), &[] as &[OwnedFd])
-        .map_err(broken)?;
+    launcher.send(&ToLauncher::Kill(id), &[] as &[OwnedFd]).map_err(broken)?;
     match receive(launcher)? {
         FromLauncher::Ended { .. } => Ok(isolation),
         other => Err(TrialError::Broken(format!("{other:?}"))),
@@ -365,9 +302,7 @@ pub fn trial(launcher: &Packets) -> Result<Isolation, TrialError> {
 
 fn receive(launcher: &Packets) -> Result<FromLauncher, TrialError> {
     let received = launcher.recv(|_: &FromLauncher| 0);
-    received
-        .map(|r| r.value)
-        .map_err(|error: RecvError| TrialError::Broken(error.to_string()))
+    received.map(|r| r.value).map_err(|error: RecvError| TrialError::Broken(error.to_string()))
 }
 
 fn trial_spec() -> SandboxSpec {

@@ -89,21 +89,10 @@ impl UidPool {
             let mut options = OpenOptions::new();
             // O_NOFOLLOW: nobody but root may write here, but nothing is lost by not trusting that
             options.read(true).write(true).create(true).truncate(false).mode(0o600);
-            Ok(options
-                .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
-                .open(&path)?
-                .into())
+            Ok(options.custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC).open(&path)?.into())
         };
-        let lock = open().map_err(|source| UidError::Open {
-            path: path.clone(),
-            source,
-        })?;
-        let mut pool = Self {
-            lock,
-            blocks: Vec::new(),
-            runs: BTreeMap::new(),
-            tenants: HashMap::new(),
-        };
+        let lock = open().map_err(|source| UidError::Open { path: path.clone(), source })?;
+        let mut pool = Self { lock, blocks: Vec::new(), runs: BTreeMap::new(), tenants: HashMap::new() };
         pool.claim_block().map_err(|_| UidError::Exhausted)?;
         Ok(pool)
     }
@@ -125,10 +114,7 @@ impl UidPool {
         if self.tenants.get(tenant).is_none_or(|runs| runs.iter().all(full)) {
             let number = self.free_run()?;
             self.runs.insert(number, tenant.clone());
-            self.tenants
-                .entry(tenant.clone())
-                .or_default()
-                .push(Run { number, taken: 0 });
+            self.tenants.entry(tenant.clone()).or_default().push(Run { number, taken: 0 });
         }
         let runs = self.tenants.get_mut(tenant).ok_or(Errno::EUSERS)?;
         let run = runs.iter_mut().find(|run| !full(run)).ok_or(Errno::EUSERS)?;
@@ -136,11 +122,7 @@ impl UidPool {
         run.taken |= 1 << slot;
         let (block, within) = (run.number / RUNS_PER_BLOCK, run.number % RUNS_PER_BLOCK);
         let first = FIRST_UID + block * BLOCK_UIDS + within * RUN_UIDS + slot * IDS_PER_JOB;
-        Ok(JobIds {
-            first,
-            run: run.number,
-            slot,
-        })
+        Ok(JobIds { first, run: run.number, slot })
     }
 
     fn free_run(&mut self) -> nix::Result<u32> {

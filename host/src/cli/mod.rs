@@ -56,11 +56,7 @@ impl Settings {
     fn load(&self) -> Result<Config, ConfigError> {
         let text = |text: String| toml::Value::String(text);
         let mut flags = Vec::new();
-        flags.extend(
-            self.data_dir
-                .as_ref()
-                .map(|dir| ("data_dir", text(dir.to_string_lossy().into_owned()))),
-        );
+        flags.extend(self.data_dir.as_ref().map(|dir| ("data_dir", text(dir.to_string_lossy().into_owned()))));
         flags.extend(self.listen.map(|listen| ("listen", text(listen.to_string()))));
         flags.extend(self.user.clone().map(|user| ("user", text(user))));
         flags.extend(self.plain_http.then_some(("plain_http", toml::Value::Boolean(true))));
@@ -93,10 +89,7 @@ trait OrExit<T> {
 
 impl<T, E: Into<anyhow::Error>> OrExit<T> for Result<T, E> {
     fn or_exit(self, code: u8) -> Result<T, Fatal> {
-        self.map_err(|error| Fatal {
-            code,
-            error: error.into(),
-        })
+        self.map_err(|error| Fatal { code, error: error.into() })
     }
 }
 

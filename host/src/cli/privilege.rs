@@ -29,16 +29,10 @@ impl Identity {
     pub(super) fn choose(user: Option<&str>, data_dir: &Path) -> anyhow::Result<Self> {
         let Some(name) = user else {
             let metadata = fs::metadata(data_dir).with_context(|| format!("look at `{}`", data_dir.display()))?;
-            return Ok(Self {
-                uid: Uid::from_raw(metadata.uid()),
-                gid: Gid::from_raw(metadata.gid()),
-            });
+            return Ok(Self { uid: Uid::from_raw(metadata.uid()), gid: Gid::from_raw(metadata.gid()) });
         };
         let found = User::from_name(name)?.ok_or_else(|| anyhow!("there is no user `{name}`"))?;
-        Ok(Self {
-            uid: found.uid,
-            gid: found.gid,
-        })
+        Ok(Self { uid: found.uid, gid: found.gid })
     }
 
     /// Gives the data directory to the server's user, if it belongs to another. Symbolic links are not followed.
@@ -47,8 +41,7 @@ impl Identity {
         if metadata.uid() == self.uid.as_raw() && own_entries(data_dir, self.uid)? {
             return Ok(());
         }
-        self.give(data_dir)
-            .with_context(|| format!("give `{}` to the server's user", data_dir.display()))
+        self.give(data_dir).with_context(|| format!("give `{}` to the server's user", data_dir.display()))
     }
 
     fn give(&self, path: &Path) -> io::Result<()> {
@@ -68,12 +61,8 @@ impl Identity {
         caps::clear(None, caps::CapSet::Bounding).context("empty the capability bounding set")?;
         setresgid(self.gid, self.gid, self.gid).context("set the group")?;
         setresuid(self.uid, self.uid, self.uid).context("set the user")?;
-        for set in [
-            caps::CapSet::Ambient,
-            caps::CapSet::Effective,
-            caps::CapSet::Inheritable,
-            caps::CapSet::Permitted,
-        ] {
+        for set in [caps::CapSet::Ambient, caps::CapSet::Effective, caps::CapSet::Inheritable, caps::CapSet::Permitted]
+        {
             caps::clear(None, set).context("drop all capabilities")?;
         }
         prctl::set_no_new_privs().context("set no_new_privs")?;
@@ -126,8 +115,6 @@ pub(super) fn make_data_dir(path: &Path) -> anyhow::Result<PathBuf> {
     use std::os::unix::fs::DirBuilderExt;
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
     made.with_context(|| format!("make the data directory `{}`", path.display()))?;
-    let path = path
-        .canonicalize()
-        .with_context(|| format!("resolve `{}`", path.display()))?;
+    let path = path.canonicalize().with_context(|| format!("resolve `{}`", path.display()))?;
     Ok(path)
 }

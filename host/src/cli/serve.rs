@@ -58,10 +58,7 @@ pub(super) fn run(config: Config) -> Result<u8, Fatal> {
     telemetry::start(&config.log, config.log_format).or_exit(EX_CONFIG)?;
     let ready = prepare(config)?;
     // only now are there threads: what has been given up before is given up by all of them
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .or_exit(EX_OSERR)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().or_exit(EX_OSERR)?;
     let code = runtime.block_on(live(ready))?;
     runtime.shutdown_timeout(Duration::from_secs(1));
     Ok(code)
@@ -73,15 +70,8 @@ fn prepare(config: Config) -> Result<Ready, Fatal> {
     let path = make_data_dir(&config.data_dir).or_exit(EX_OSERR)?;
     let identity = Identity::choose(config.user.as_deref(), &path).or_exit(EX_CONFIG)?;
     let dir = DataDir::hold(&path).map_err(|error| {
-        let code = if matches!(error, DataDirError::Held(_)) {
-            EX_UNAVAILABLE
-        } else {
-            EX_OSERR
-        };
-        Fatal {
-            code,
-            error: error.into(),
-        }
+        let code = if matches!(error, DataDirError::Held(_)) { EX_UNAVAILABLE } else { EX_OSERR };
+        Fatal { code, error: error.into() }
     })?;
     let operator = operator_key(&config, &dir).or_exit(EX_CONFIG)?;
     let listener = TcpListener::bind(config.listen).with_context(|| format!("listen on {}", config.listen));
@@ -94,51 +84,27 @@ fn prepare(config: Config) -> Result<Ready, Fatal> {
     raise_open_files();
     identity.take_over(&path).or_exit(EX_OSERR)?;
     identity.assume(&path).context("give up privilege").or_exit(EX_OSERR)?;
-    Ok(Ready {
-        config,
-        dir,
-        operator,
-        listener,
-        launcher,
-        child,
-        engine,
-    })
+    Ok(Ready { config, dir, operator, listener, launcher, child, engine })
 }
 
 /// Refuses a machine that cannot isolate jobs, naming everything that is missing at once.
 fn check_machine(lock_dir: &Path) -> Result<(), Fatal> {
-    let failed: Vec<Check> = probe::machine(lock_dir)
-        .into_iter()
-        .filter(|check| check.status == Status::Fail)
-        .collect();
+    let failed: Vec<Check> =
+        probe::machine(lock_dir).into_iter().filter(|check| check.status == Status::Fail).collect();
     if failed.is_empty() {
         return Ok(());
     }
-    let lines: Vec<String> = failed
-        .iter()
-        .map(|c| format!("\n  {}: {}\n      mend: {}", c.name, c.found, c.mend))
-        .collect();
-    let error = anyhow!(
-        "this machine cannot isolate jobs, so nothing is served:{}",
-        lines.concat()
-    );
-    Err(Fatal {
-        code: EX_UNAVAILABLE,
-        error,
-    })
+    let lines: Vec<String> =
+        failed.iter().map(|c| format!("\n  {}: {}\n      mend: {}", c.name, c.found, c.mend)).collect();
+    let error = anyhow!("this machine cannot isolate jobs, so nothing is served:{}", lines.concat());
+    Err(Fatal { code: EX_UNAVAILABLE, error })
 }
 
 /// Spawns the launcher and waits until it is up.
 pub(super) fn start_launcher(lock_dir: &Path, dir: &DataDir) -> anyhow::Result<(Packets, Child)> {
     let (packets, child) = spawn(LAUNCHER).context("start the launcher")?;
-    let config = LauncherConfig {
-        version: VERSION,
-        instance: dir.instance().clone(),
-        lock_dir: lock_dir.to_owned(),
-    };
-    packets
-        .send(&ToLauncher::Configure(config), &[] as &[OwnedFd])
-        .context("configure the launcher")?;
+    let config = LauncherConfig { version: VERSION, instance: dir.instance().clone(), lock_dir: lock_dir.to_owned() };
+    packets.send(&ToLauncher::Configure(config), &[] as &[OwnedFd]).context("configure the launcher")?;
     let version = probe::wait_up(&packets)?;
     tracing::debug!(cgroups = version, "launcher up");
     Ok((packets, child))
@@ -156,11 +122,7 @@ fn operator_key(config: &Config, dir: &DataDir) -> anyhow::Result<OperatorKey> {
     let path = dir.operator_key();
     if !path.exists() {
         let key = Key::generate()?;
-        let mut file = fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)?;
+        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
         file.write_all(key.reveal().as_bytes())?;
         file.sync_all()?;
         tracing::info!(path = %path.display(), "made an operator key");
@@ -175,15 +137,7 @@ fn read_key(path: &Path) -> anyhow::Result<OperatorKey> {
 
 /// Serves until a signal or the launcher's end, then stops in order.
 async fn live(ready: Ready) -> Result<u8, Fatal> {
-    let Ready {
-        config,
-        dir,
-        operator,
-        listener,
-        launcher,
-        child,
-        engine,
-    } = ready;
+    let Ready { config, dir, operator, listener, launcher, child, engine } = ready;
     let mut signals = Signals::listen().or_exit(EX_OSERR)?;
     let (launcher, driver) = Launcher::connect(launcher).or_exit(EX_OSERR)?;
     let mut driver = tokio::spawn(driver);
@@ -232,9 +186,7 @@ fn assemble(
     launcher: Launcher,
     engine: String,
 ) -> anyhow::Result<App> {
-    let pid_max = fs::read_to_string("/proc/sys/kernel/pid_max")
-        .ok()
-        .and_then(|text| text.trim().parse().ok());
+    let pid_max = fs::read_to_string("/proc/sys/kernel/pid_max").ok().and_then(|text| text.trim().parse().ok());
     let store = Store::open(dir).context("open the store")?;
     let admission = Admission::new(config.capacity(pid_max.unwrap_or(LEAST_PID_MAX)));
     let compiler = Arc::new(Compiler::new(launcher.clone(), config.compile_limits(), engine));
@@ -272,10 +224,7 @@ async fn drain(app: &App, config: &Config, signals: &mut Signals) {
 }
 
 fn complain_of(gone: Option<&LauncherGone>) {
-    let error = gone
-        .as_ref()
-        .and_then(std::error::Error::source)
-        .map(ToString::to_string);
+    let error = gone.and_then(std::error::Error::source).map(ToString::to_string);
     tracing::error!(error, "the launcher is gone, and every job with it; the server stops");
 }
 
@@ -307,10 +256,7 @@ struct Signals {
 
 impl Signals {
     fn listen() -> io::Result<Self> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-        })
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
     }
 
     /// Waits for the next order to stop.

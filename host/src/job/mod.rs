@@ -75,9 +75,7 @@ pub struct InputBroken;
 
 impl fmt::Debug for Supply {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Supply")
-            .field("artifact", &self.artifact)
-            .finish_non_exhaustive()
+        f.debug_struct("Supply").field("artifact", &self.artifact).finish_non_exhaustive()
     }
 }
 
@@ -118,14 +116,7 @@ impl Jobs {
     #[must_use]
     pub fn new(admission: Admission, launcher: Launcher, compiler: Arc<Compiler>, store: Store) -> Self {
         let (registry, tasks) = (Registry::default(), TaskTracker::new());
-        Self(Arc::new(Inner {
-            admission,
-            launcher,
-            compiler,
-            store,
-            registry,
-            tasks,
-        }))
+        Self(Arc::new(Inner { admission, launcher, compiler, store, registry, tasks }))
     }
 
     /// Starts a job in a task of its own: whoever submitted it may go away at any moment without leaving half a launch
@@ -162,10 +153,7 @@ impl Jobs {
     /// The record of a job, with its tenant.
     #[must_use]
     pub fn record(&self, id: &Uuid) -> Option<(Name, JobRecord)> {
-        self.0
-            .registry
-            .get(id)
-            .map(|entry| (entry.tenant.clone(), entry.record()))
+        self.0.registry.get(id).map(|entry| (entry.tenant.clone(), entry.record()))
     }
 
     /// A tenant's jobs, newest first.

@@ -173,23 +173,16 @@ impl Evidence<'_> {
                 Exit::Signaled(signal) => format!("the runtime was ended by signal {signal}"),
                 Exit::Exited(code) => format!("the runtime ended with code {code} and no report"),
             };
-            return Outcome::Trapped {
-                trap: "internal".into(),
-                backtrace,
-            };
+            return Outcome::Trapped { trap: "internal".into(), backtrace };
         };
         match report {
             Report::NotRunnable(reason) | Report::Invalid(reason) => Outcome::NotRunnable { reason: reason.clone() },
-            Report::Compiled { .. } => Outcome::Trapped {
-                trap: "internal".into(),
-                backtrace: String::new(),
-            },
+            Report::Compiled { .. } => Outcome::Trapped { trap: "internal".into(), backtrace: String::new() },
             Report::Wasm { end, .. } => match end {
                 WasmEnd::Exited(exit_code) => Outcome::Exited { exit_code: *exit_code },
-                WasmEnd::Trapped { code, backtrace } => Outcome::Trapped {
-                    trap: code.clone(),
-                    backtrace: backtrace.clone(),
-                },
+                WasmEnd::Trapped { code, backtrace } => {
+                    Outcome::Trapped { trap: code.clone(), backtrace: backtrace.clone() }
+                }
                 WasmEnd::OutOfFuel => self.over(Limit::Fuel, self.limits.get(Limit::Fuel)),
                 WasmEnd::OutOfMemory { asked } => self.over(Limit::MemoryBytes, *asked),
             },
@@ -198,11 +191,7 @@ impl Evidence<'_> {
 
     fn over(&self, limit: Limit, reached: u64) -> Outcome {
         let allowed = limit.to_json(self.limits.get(limit));
-        Outcome::OverLimit {
-            limit: limit.key(),
-            allowed,
-            reached: limit.to_json(reached),
-        }
+        Outcome::OverLimit { limit: limit.key(), allowed, reached: limit.to_json(reached) }
     }
 }
 
@@ -247,26 +236,13 @@ mod tests {
         }
 
         fn wasm(report: Option<Report>) -> Self {
-            Self {
-                runtime: Runtime::Wasm,
-                report,
-                ..Self::native(Exit::Exited(0))
-            }
+            Self { runtime: Runtime::Wasm, report, ..Self::native(Exit::Exited(0)) }
         }
 
         fn outcome(&self) -> Value {
             let limits = Limits::resolve(self.runtime, &[&Given::default()], &Maximums::default());
-            let usage = Usage {
-                wall_us: 30_001_000,
-                memory_peak_bytes: Some(5),
-                ..Usage::default()
-            };
-            let end = SandboxReport {
-                exit: self.exit,
-                killed: self.killed,
-                started: self.started,
-                usage,
-            };
+            let usage = Usage { wall_us: 30_001_000, memory_peak_bytes: Some(5), ..Usage::default() };
+            let end = SandboxReport { exit: self.exit, killed: self.killed, started: self.started, usage };
             let evidence = Evidence {
                 runtime: self.runtime,
                 limits: &limits,
@@ -281,115 +257,53 @@ mod tests {
 
     #[test]
     fn exit_and_signal_are_the_kernel_s() {
-        assert_eq!(
-            Case::native(Exit::Exited(7)).outcome(),
-            json!({"kind": "exited", "exit_code": 7})
-        );
-        assert_eq!(
-            Case::native(Exit::Signaled(6)).outcome(),
-            json!({"kind": "signaled", "signal": 6})
-        );
+        assert_eq!(Case::native(Exit::Exited(7)).outcome(), json!({"kind": "exited", "exit_code": 7}));
+        assert_eq!(Case::native(Exit::Signaled(6)).outcome(), json!({"kind": "signaled", "signal": 6}));
         let failed = Report::NotRunnable("exec: format".into());
-        let case = Case {
-            report: Some(failed),
-            ..Case::native(Exit::Exited(70))
-        };
-        assert_eq!(
-            case.outcome(),
-            json!({"kind": "not_runnable", "reason": "exec: format"})
-        );
+        let case = Case { report: Some(failed), ..Case::native(Exit::Exited(70)) };
+        assert_eq!(case.outcome(), json!({"kind": "not_runnable", "reason": "exec: format"}));
     }
 
     #[test]
     fn a_native_job_cannot_report_a_verdict_of_its_own() {
-        let forged = Report::Wasm {
-            end: WasmEnd::Exited(0),
-            fuel_used: 0,
-        };
-        let case = Case {
-            report: Some(forged),
-            ..Case::native(Exit::Exited(3))
-        };
+        let forged = Report::Wasm { end: WasmEnd::Exited(0), fuel_used: 0 };
+        let case = Case { report: Some(forged), ..Case::native(Exit::Exited(3)) };
         assert_eq!(case.outcome(), json!({"kind": "exited", "exit_code": 3}));
     }
 
     #[test]
     fn limits_name_their_key_and_both_figures() {
-        let wall = Case {
-            killed: Some(KillCause::WallTime),
-            ..Case::native(Exit::Signaled(9))
-        };
+        let wall = Case { killed: Some(KillCause::WallTime), ..Case::native(Exit::Signaled(9)) };
         let expected = json!({"kind": "over_limit", "limit": "wall_time_ms", "allowed": 30_000, "reached": 30_001});
         assert_eq!(wall.outcome(), expected);
-        let memory = Case {
-            killed: Some(KillCause::Memory),
-            ..Case::native(Exit::Signaled(9))
-        };
+        let memory = Case { killed: Some(KillCause::Memory), ..Case::native(Exit::Signaled(9)) };
         let most = 128 << 20;
         let expected = json!({"kind": "over_limit", "limit": "memory_bytes", "allowed": most, "reached": most});
         assert_eq!(memory.outcome(), expected, "at least the limit was reached");
-        let output = Case {
-            output_bytes: (4 << 20) + 1,
-            ..Case::native(Exit::Exited(0))
-        };
-        assert_eq!(
-            output.outcome()["limit"],
-            "output_bytes",
-            "also of a job that has ended well by then"
-        );
-        let fuel = Case::wasm(Some(Report::Wasm {
-            end: WasmEnd::OutOfFuel,
-            fuel_used: 9,
-        }));
+        let output = Case { output_bytes: (4 << 20) + 1, ..Case::native(Exit::Exited(0)) };
+        assert_eq!(output.outcome()["limit"], "output_bytes", "also of a job that has ended well by then");
+        let fuel = Case::wasm(Some(Report::Wasm { end: WasmEnd::OutOfFuel, fuel_used: 9 }));
         assert_eq!(fuel.outcome()["limit"], "fuel");
         let stop = Some(Stop::InputOver(17 << 20));
-        let input = Case {
-            killed: Some(KillCause::Requested),
-            stop,
-            ..Case::native(Exit::Signaled(9))
-        };
+        let input = Case { killed: Some(KillCause::Requested), stop, ..Case::native(Exit::Signaled(9)) };
         assert_eq!(input.outcome()["limit"], "input_bytes");
     }
 
     #[test]
     fn a_wasm_runtime_that_died_is_a_trap_and_its_report_is_believed_last() {
-        let died = Case {
-            exit: Exit::Signaled(11),
-            ..Case::wasm(None)
-        };
+        let died = Case { exit: Exit::Signaled(11), ..Case::wasm(None) };
         assert_eq!(died.outcome()["trap"], "internal");
-        let good = Report::Wasm {
-            end: WasmEnd::Exited(0),
-            fuel_used: 1,
-        };
-        let killed = Case {
-            killed: Some(KillCause::CpuTime),
-            ..Case::wasm(Some(good))
-        };
+        let good = Report::Wasm { end: WasmEnd::Exited(0), fuel_used: 1 };
+        let killed = Case { killed: Some(KillCause::CpuTime), ..Case::wasm(Some(good)) };
         assert_eq!(killed.outcome()["limit"], "cpu_time_ms");
     }
 
     #[test]
     fn our_faults_are_lost_and_orders_are_cancelled() {
-        assert_eq!(
-            Case {
-                started: false,
-                ..Case::native(Exit::Exited(71))
-            }
-            .outcome()["kind"],
-            "lost"
-        );
-        for (stop, kind) in [
-            (Stop::Cancelled, "cancelled"),
-            (Stop::HostFailed, "lost"),
-            (Stop::Draining, "lost"),
-        ] {
+        assert_eq!(Case { started: false, ..Case::native(Exit::Exited(71)) }.outcome()["kind"], "lost");
+        for (stop, kind) in [(Stop::Cancelled, "cancelled"), (Stop::HostFailed, "lost"), (Stop::Draining, "lost")] {
             let killed = Some(KillCause::Requested);
-            let case = Case {
-                killed,
-                stop: Some(stop),
-                ..Case::native(Exit::Signaled(9))
-            };
+            let case = Case { killed, stop: Some(stop), ..Case::native(Exit::Signaled(9)) };
             assert_eq!(case.outcome()["kind"], kind);
         }
     }
@@ -397,17 +311,9 @@ mod tests {
     #[test]
     fn fuel_is_never_more_than_there_was() {
         let limits = Limits::resolve(Runtime::Wasm, &[], &Maximums::default());
-        let report = |fuel_used| {
-            Some(Report::Wasm {
-                end: WasmEnd::Exited(0),
-                fuel_used,
-            })
-        };
+        let report = |fuel_used| Some(Report::Wasm { end: WasmEnd::Exited(0), fuel_used });
         assert_eq!(fuel_used(Runtime::Wasm, &limits, report(5).as_ref()), Some(5));
-        assert_eq!(
-            fuel_used(Runtime::Wasm, &limits, report(u64::MAX).as_ref()),
-            Some(10_000_000_000)
-        );
+        assert_eq!(fuel_used(Runtime::Wasm, &limits, report(u64::MAX).as_ref()), Some(10_000_000_000));
         assert_eq!(fuel_used(Runtime::Native, &limits, report(5).as_ref()), None);
         assert_eq!(fuel_used(Runtime::Wasm, &limits, None), None);
     }

@@ -110,12 +110,7 @@ impl Registry {
 
     pub(super) fn insert(&self, entry: Arc<Entry>) {
         let mut books = self.books();
-        books
-            .tenants
-            .entry(entry.tenant.clone())
-            .or_default()
-            .all
-            .insert(entry.id, entry.clone());
+        books.tenants.entry(entry.tenant.clone()).or_default().all.insert(entry.id, entry.clone());
         books.by_id.insert(entry.id, entry);
     }
 
@@ -137,11 +132,7 @@ impl Registry {
         let mut books = self.books();
         let oldest = books.tenants.get_mut(&entry.tenant).and_then(|jobs| {
             jobs.finished.push_back(entry.id);
-            let oldest = if jobs.finished.len() > FINISHED_KEPT {
-                jobs.finished.pop_front()
-            } else {
-                None
-            };
+            let oldest = if jobs.finished.len() > FINISHED_KEPT { jobs.finished.pop_front() } else { None };
             oldest.inspect(|id| drop(jobs.all.remove(id)))
         });
         if let Some(oldest) = oldest {
@@ -163,22 +154,13 @@ impl Registry {
                 return Vec::new();
             };
             let upper = selection.before.map_or(Bound::Unbounded, Bound::Excluded);
-            jobs.all
-                .range((Bound::Unbounded, upper))
-                .rev()
-                .map(|(_, entry)| entry.clone())
-                .collect()
+            jobs.all.range((Bound::Unbounded, upper)).rev().map(|(_, entry)| entry.clone()).collect()
         };
         let wanted = |record: &JobRecord| {
             selection.state.is_none_or(|state| record.state == state)
                 && selection.plugin.as_ref().is_none_or(|plugin| record.plugin == *plugin)
         };
-        entries
-            .iter()
-            .map(|entry| entry.record())
-            .filter(wanted)
-            .take(selection.limit)
-            .collect()
+        entries.iter().map(|entry| entry.record()).filter(wanted).take(selection.limit).collect()
     }
 
     /// The jobs of a tenant that are not over, of one plugin or of all.
@@ -195,23 +177,13 @@ impl Registry {
     /// Every job that is not over.
     pub(super) fn all_live(&self) -> Vec<Arc<Entry>> {
         let books = self.books();
-        books
-            .by_id
-            .values()
-            .filter(|entry| entry.locked().state != State::Finished)
-            .cloned()
-            .collect()
+        books.by_id.values().filter(|entry| entry.locked().state != State::Finished).cloned().collect()
     }
 
     /// Forgets a deleted tenant's jobs.
     pub(super) fn forget(&self, tenant: &Name) {
         let mut books = self.books();
-        for id in books
-            .tenants
-            .remove(tenant)
-            .into_iter()
-            .flat_map(|jobs| jobs.all.into_keys())
-        {
+        for id in books.tenants.remove(tenant).into_iter().flat_map(|jobs| jobs.all.into_keys()) {
             books.by_id.remove(&id);
         }
     }
@@ -262,38 +234,13 @@ mod tests {
         registry.insert(entry("b", "p"));
         registry.finish(&entries[0], end);
         let of = |selection: Selection| ids(&registry.list(&tenant, &selection));
-        let all = Selection {
-            limit: 9,
-            ..Default::default()
-        };
+        let all = Selection { limit: 9, ..Default::default() };
         assert_eq!(of(all.clone()), entries.iter().rev().map(|e| e.id).collect::<Vec<_>>());
-        let page = of(Selection {
-            limit: 2,
-            ..all.clone()
-        });
+        let page = of(Selection { limit: 2, ..all.clone() });
         assert_eq!(page, [entries[4].id, entries[3].id]);
-        assert_eq!(
-            of(Selection {
-                before: Some(page[1]),
-                limit: 1,
-                ..all.clone()
-            }),
-            [entries[2].id]
-        );
-        assert_eq!(
-            of(Selection {
-                state: Some(State::Finished),
-                ..all.clone()
-            }),
-            [entries[0].id]
-        );
-        assert_eq!(
-            of(Selection {
-                plugin: Some("q".into()),
-                ..all
-            }),
-            [entries[3].id, entries[1].id]
-        );
+        assert_eq!(of(Selection { before: Some(page[1]), limit: 1, ..all.clone() }), [entries[2].id]);
+        assert_eq!(of(Selection { state: Some(State::Finished), ..all.clone() }), [entries[0].id]);
+        assert_eq!(of(Selection { plugin: Some("q".into()), ..all }), [entries[3].id, entries[1].id]);
     }
 
     #[test]
@@ -308,13 +255,7 @@ mod tests {
             registry.finish(&entry, end);
         }
         assert!(registry.get(&first.id).is_none() && registry.get(&living.id).is_some());
-        let all = registry.list(
-            &tenant,
-            &Selection {
-                limit: usize::MAX,
-                ..Default::default()
-            },
-        );
+        let all = registry.list(&tenant, &Selection { limit: usize::MAX, ..Default::default() });
         assert_eq!(all.len(), FINISHED_KEPT + 1);
         assert_eq!(registry.live(&tenant, None).len(), 1);
     }

@@ -39,12 +39,7 @@ struct End {
 impl End {
     /// The end of a job that never ran.
     fn without_run(outcome: Outcome, usage: UsageRecord) -> Self {
-        Self {
-            outcome,
-            usage,
-            output: Content::Memory(Bytes::new()),
-            stderr_tail: Bytes::new(),
-        }
+        Self { outcome, usage, output: Content::Memory(Bytes::new()), stderr_tail: Bytes::new() }
     }
 }
 
@@ -76,10 +71,7 @@ pub(super) async fn run(
         permit = jobs.0.admission.admit(&request.tenant, pids) => Some(permit),
         () = entry.cancel.cancelled() => None,
     };
-    let mut usage = UsageRecord {
-        queue_us: micros(submitted),
-        ..UsageRecord::default()
-    };
+    let mut usage = UsageRecord { queue_us: micros(submitted), ..UsageRecord::default() };
     let end = match admitted {
         Some(Err(refusal)) => {
             jobs.0.registry.withdraw(&entry);
@@ -98,11 +90,7 @@ pub(super) async fn run(
         }
     };
     let record = conclude(&jobs, &entry, &end);
-    Ok(Finished {
-        record,
-        output: end.output,
-        stderr_tail: end.stderr_tail,
-    })
+    Ok(Finished { record, output: end.output, stderr_tail: end.stderr_tail })
 }
 
 /// Writes the last state of the record, and the job's one line in the log.
@@ -166,12 +154,7 @@ async fn run_in(
     (mut sandbox, asked): (Sandbox, Instant),
     usage: &mut UsageRecord,
 ) -> Result<End, Fault> {
-    let Stdio {
-        stdin,
-        stdout,
-        stderr,
-        theirs,
-    } = Stdio::make().map_err(Fault::Pipe)?;
+    let Stdio { stdin, stdout, stderr, theirs } = Stdio::make().map_err(Fault::Pipe)?;
     sandbox.give(&invocation(entry, request), theirs).await?;
 
     let killer = sandbox.killer();
@@ -217,15 +200,8 @@ async fn run_in(
     usage.fuel_used = fuel_used(request.plugin.runtime, &request.limits, report.as_ref());
     let longer = out.bytes.max(err.bytes);
     let outcome = judge(request, &end, report.as_ref(), entry.stop.get().copied(), longer);
-    let Content::Memory(stderr_tail) = err.content else {
-        unreachable!("a tail is kept in memory")
-    };
-    Ok(End {
-        outcome,
-        usage: *usage,
-        output: out.content,
-        stderr_tail,
-    })
+    let Content::Memory(stderr_tail) = err.content else { unreachable!("a tail is kept in memory") };
+    Ok(End { outcome, usage: *usage, output: out.content, stderr_tail })
 }
 
 fn judge(
@@ -236,15 +212,7 @@ fn judge(
     output_bytes: u64,
 ) -> Outcome {
     let (runtime, limits) = (request.plugin.runtime, &request.limits);
-    Evidence {
-        runtime,
-        limits,
-        end,
-        report,
-        stop,
-        output_bytes,
-    }
-    .outcome()
+    Evidence { runtime, limits, end, report, stop, output_bytes }.outcome()
 }
 
 /// Collects a stream; a stream that is too long, or cannot be kept, ends the job.
@@ -325,11 +293,7 @@ fn invocation(entry: &Entry, request: &JobRequest) -> Invocation {
     ]);
     let mut args = vec![entry.plugin.to_string()];
     args.extend(request.args.clone());
-    Invocation {
-        args,
-        env: env.into_iter().collect(),
-        fuel: request.limits.get(Limit::Fuel),
-    }
+    Invocation { args, env: env.into_iter().collect(), fuel: request.limits.get(Limit::Fuel) }
 }
 
 fn micros(since: Instant) -> u64 {

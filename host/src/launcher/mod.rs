@@ -70,11 +70,7 @@ impl Launcher {
     pub fn connect(packets: Packets) -> io::Result<(Self, impl Future<Output = LauncherGone>)> {
         let socket = AsyncPackets::register(packets)?;
         let (outbox, inbox) = mpsc::unbounded_channel();
-        let inner = Inner {
-            outbox,
-            sandboxes: Mutex::default(),
-            next_id: AtomicU64::new(1),
-        };
+        let inner = Inner { outbox, sandboxes: Mutex::default(), next_id: AtomicU64::new(1) };
         let launcher = Self(Arc::new(inner));
         let driver = drive(launcher.0.clone(), socket, inbox);
         Ok((launcher, driver))
@@ -118,11 +114,7 @@ impl Inner {
             FromLauncher::Up { .. } | FromLauncher::Unable(_) => return,
         };
         let mut sandboxes = self.sandboxes();
-        let sender = if last {
-            sandboxes.events.remove(&id)
-        } else {
-            sandboxes.events.get(&id).cloned()
-        };
+        let sender = if last { sandboxes.events.remove(&id) } else { sandboxes.events.get(&id).cloned() };
         if let Some(sender) = sender {
             // full only if the launcher tells the same thing twice; closed if nobody waits any more
             let _ = sender.try_send(event);

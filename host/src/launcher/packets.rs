@@ -25,19 +25,15 @@ impl AsyncPackets {
 
     /// Sends one packet when there is room for it.
     pub(super) async fn send<T: Serialize>(&self, value: &T, fds: &[impl AsFd]) -> io::Result<()> {
-        self.0
-            .async_io(Interest::WRITABLE, || wire::send(&self.0, value, fds))
-            .await
+        self.0.async_io(Interest::WRITABLE, || wire::send(&self.0, value, fds)).await
     }
 
     /// Receives one packet without descriptors.
     pub(super) async fn recv<T: DeserializeOwned>(&self, buffer: &mut [u8]) -> Result<T, RecvError> {
-        let received = self
-            .0
-            .async_io(Interest::READABLE, || match wire::recv::<T>(&self.0, buffer, |_| 0) {
-                Err(RecvError::Empty) => Err(io::ErrorKind::WouldBlock.into()),
-                other => Ok(other),
-            });
+        let received = self.0.async_io(Interest::READABLE, || match wire::recv::<T>(&self.0, buffer, |_| 0) {
+            Err(RecvError::Empty) => Err(io::ErrorKind::WouldBlock.into()),
+            other => Ok(other),
+        });
         received.await.map_err(RecvError::Io)?.map(|received| received.value)
     }
 }

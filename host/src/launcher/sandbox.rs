@@ -63,16 +63,9 @@ impl Launcher {
         let (ours, theirs) = Packets::pair()?;
         let channel = AsyncPackets::register(ours)?;
         let (id, events) = self.register().ok_or(SandboxError::LauncherGone)?;
-        let killer = Killer {
-            launcher: self.clone(),
-            id,
-        };
+        let killer = Killer { launcher: self.clone(), id };
         self.send(ToLauncher::Launch { id, spec }, vec![theirs.into(), artifact.into()]);
-        Ok(Sandbox {
-            events,
-            channel,
-            killer: KillOnDrop { killer, ended: false },
-        })
+        Ok(Sandbox { events, channel, killer: KillOnDrop { killer, ended: false } })
     }
 }
 
@@ -115,11 +108,7 @@ impl Sandbox {
     /// # Errors
     /// [`SandboxError::LauncherGone`], or [`SandboxError::Refused`] if it failed to take its job.
     pub async fn run(&mut self, started: impl FnOnce()) -> Result<(Option<Report>, SandboxReport), SandboxError> {
-        let Self {
-            events,
-            channel,
-            killer,
-        } = self;
+        let Self { events, channel, killer } = self;
         let report = async { channel.recv(&mut vec![0; MAX_PACKET]).await.ok() };
         let (report, end) = tokio::join!(report, follow(events, started));
         killer.ended = !matches!(end, Err(SandboxError::LauncherGone));

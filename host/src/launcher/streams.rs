@@ -100,19 +100,13 @@ impl Collector {
     /// Keeps everything up to `limit` bytes; large outputs in unnamed files in `dir`.
     #[must_use]
     pub fn everything(limit: u64, dir: &Path) -> Self {
-        Self {
-            limit,
-            keep: Keep::All(dir.to_owned()),
-        }
+        Self { limit, keep: Keep::All(dir.to_owned()) }
     }
 
     /// Keeps the last `bytes`.
     #[must_use]
     pub fn tail(limit: u64, bytes: usize) -> Self {
-        Self {
-            limit,
-            keep: Keep::Tail(bytes),
-        }
+        Self { limit, keep: Keep::Tail(bytes) }
     }
 
     /// Reads `stream` to its end. Calls `over` once when more than the limit has come; what comes after that is thrown
@@ -173,12 +167,7 @@ async fn unnamed_file(dir: PathBuf) -> io::Result<tokio::fs::File> {
     let make = move || {
         use std::os::unix::fs::OpenOptionsExt;
         let flags = OFlag::O_TMPFILE | OFlag::O_EXCL;
-        std::fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .mode(0o600)
-            .custom_flags(flags.bits())
-            .open(dir)
+        std::fs::OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(flags.bits()).open(dir)
     };
     let file = tokio::task::spawn_blocking(make).await.map_err(io::Error::other)??;
     Ok(tokio::fs::File::from_std(file))
@@ -189,11 +178,7 @@ mod tests {
     use super::*;
 
     async fn collect(collector: Collector, chunks: Vec<Vec<u8>>) -> (Collected, bool) {
-        let Stdio {
-            stdout,
-            theirs: [_, writer, _],
-            ..
-        } = Stdio::make().unwrap();
+        let Stdio { stdout, theirs: [_, writer, _], .. } = Stdio::make().unwrap();
         let writer = std::thread::spawn(move || {
             use std::io::Write;
             let mut writer = File::from(writer);
@@ -225,18 +210,10 @@ mod tests {
             let data: Vec<u8> = (0..=250_u8).cycle().take(size).collect();
             let (collected, over) = collect(Collector::everything(4_000_000, dir.path()), vec![data.clone()]).await;
             assert!(!over && collected.bytes == size as u64);
-            assert_eq!(
-                matches!(collected.content, Content::Memory(_)),
-                size <= IN_MEMORY,
-                "{size}"
-            );
+            assert_eq!(matches!(collected.content, Content::Memory(_)), size <= IN_MEMORY, "{size}");
             assert!(content(collected) == data, "{size}");
         }
-        assert_eq!(
-            std::fs::read_dir(dir.path()).unwrap().count(),
-            0,
-            "the files have no names"
-        );
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "the files have no names");
     }
 
     #[tokio::test]

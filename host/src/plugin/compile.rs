@@ -98,11 +98,7 @@ impl Compiler {
         source: File,
     ) -> Result<TempFile, CompileError> {
         let _waiting = self.waiting.try_acquire().map_err(|_| CompileError::Busy)?;
-        let _running = self
-            .running
-            .acquire()
-            .await
-            .map_err(|error| CompileError::Host(error.into()))?;
+        let _running = self.running.acquire().await.map_err(|error| CompileError::Host(error.into()))?;
         let out = TempFile::make(dir).map_err(|error| CompileError::Host(error.into()))?;
         self.run(tenant, ceiling, source, &out).await?;
         Ok(out)
@@ -111,28 +107,12 @@ impl Compiler {
     async fn run(&self, tenant: &Name, ceiling: Ceiling, source: File, out: &TempFile) -> Result<(), CompileError> {
         let host = |error: anyhow::Error| CompileError::Host(error);
         let sandbox = |error: SandboxError| CompileError::Host(error.into());
-        let mut running = self
-            .launcher
-            .launch(self.spec(tenant, ceiling), source)
-            .map_err(sandbox)?;
+        let mut running = self.launcher.launch(self.spec(tenant, ceiling), source).map_err(sandbox)?;
         running.ready().await.map_err(sandbox)?;
-        let Stdio {
-            stdout,
-            theirs: [_, theirs, _],
-            ..
-        } = Stdio::make().map_err(|error| host(error.into()))?;
-        let null = || {
-            OpenOptions::new()
-                .read(true)
-                .write(true)
-                .open("/dev/null")
-                .map(OwnedFd::from)
-        };
+        let Stdio { stdout, theirs: [_, theirs, _], .. } = Stdio::make().map_err(|error| host(error.into()))?;
+        let null = || OpenOptions::new().read(true).write(true).open("/dev/null").map(OwnedFd::from);
         let (stdin, stderr) = (null().map_err(|e| host(e.into()))?, null().map_err(|e| host(e.into()))?);
-        running
-            .give(&Invocation::default(), [stdin, theirs, stderr])
-            .await
-            .map_err(sandbox)?;
+        running.give(&Invocation::default(), [stdin, theirs, stderr]).await.map_err(sandbox)?;
 
         let killer = running.killer();
         let copy = copy_up_to(stdout, out.file(), self.limits.artifact_bytes, || killer.kill());
@@ -155,16 +135,8 @@ impl Compiler {
             open_files: 64,
             stack_bytes: 8 << 20,
         };
-        let program = COMPILER
-            .parse()
-            .unwrap_or_else(|_| unreachable!("`{COMPILER}` is a name"));
-        SandboxSpec {
-            tenant: tenant.clone(),
-            ceiling,
-            kind: Kind::Compile,
-            program,
-            limits,
-        }
+        let program = COMPILER.parse().unwrap_or_else(|_| unreachable!("`{COMPILER}` is a name"));
+        SandboxSpec { tenant: tenant.clone(), ceiling, kind: Kind::Compile, program, limits }
     }
 
     fn verdict(&self, end: SandboxReport, report: Option<Report>, written: u64) -> Result<(), CompileError> {
@@ -179,13 +151,8 @@ impl Compiler {
             (None, Some(Report::Compiled { bytes })) if bytes == written => Ok(()),
             (None, Some(Report::Invalid(why))) => Err(CompileError::Invalid(why)),
             // the compiler itself broke on these bytes: the tenant's module is at fault as far as the tenant can tell
-            (None, None) => Err(CompileError::Invalid(format!(
-                "the compiler failed on this module ({:?})",
-                end.exit
-            ))),
-            (killed, report) => Err(CompileError::Host(anyhow::anyhow!(
-                "killed {killed:?}, reported {report:?}"
-            ))),
+            (None, None) => Err(CompileError::Invalid(format!("the compiler failed on this module ({:?})", end.exit))),
+            (killed, report) => Err(CompileError::Host(anyhow::anyhow!("killed {killed:?}, reported {report:?}"))),
         }
     }
 }

@@ -108,33 +108,21 @@ pub fn check_env(env: &BTreeMap<String, String>) -> Result<(), String> {
             ));
         }
         if name.starts_with(RESERVED_PREFIX) {
-            return Err(format!(
-                "`{name}`: names that begin with {RESERVED_PREFIX} are set by the host"
-            ));
+            return Err(format!("`{name}`: names that begin with {RESERVED_PREFIX} are set by the host"));
         }
     }
     within_size(env.iter().map(|(name, value)| name.len() + value.len() + 2).sum())
 }
 
 fn within_size(bytes: usize) -> Result<(), String> {
-    if bytes <= MAX_ARGS_AND_ENV {
-        Ok(())
-    } else {
-        Err(format!("{bytes} bytes, more than {MAX_ARGS_AND_ENV}"))
-    }
+    if bytes <= MAX_ARGS_AND_ENV { Ok(()) } else { Err(format!("{bytes} bytes, more than {MAX_ARGS_AND_ENV}")) }
 }
 
 /// A `type/subtype` with optional parameters, as it will stand in a header.
 fn check_content_type(text: &str) -> Result<(), String> {
-    let shape = text
-        .split_once('/')
-        .is_some_and(|(kind, rest)| !kind.is_empty() && !rest.is_empty());
+    let shape = text.split_once('/').is_some_and(|(kind, rest)| !kind.is_empty() && !rest.is_empty());
     let visible = text.bytes().all(|b| b == b' ' || b.is_ascii_graphic());
-    if shape && visible && text.len() <= 255 {
-        Ok(())
-    } else {
-        Err("not a media type".into())
-    }
+    if shape && visible && text.len() <= 255 { Ok(()) } else { Err("not a media type".into()) }
 }
 
 #[cfg(test)]

@@ -80,21 +80,14 @@ where
         Format::Elf => Runtime::Native,
         Format::Module | Format::Text => Runtime::Wasm,
     };
-    Ok(Upload {
-        runtime,
-        revision: hasher.finish(),
-        bytes,
-        artifact,
-    })
+    Ok(Upload { runtime, revision: hasher.finish(), bytes, artifact })
 }
 
 /// Looks at an artifact's headers, on a thread that may block.
 async fn inspect_file<E>(artifact: &TempFile) -> Result<Format, UploadError<E>> {
     let file = artifact.reopen()?;
     let look = move || inspect(&ReadCache::new(file));
-    Ok(tokio::task::spawn_blocking(look)
-        .await
-        .map_err(std::io::Error::other)??)
+    Ok(tokio::task::spawn_blocking(look).await.map_err(std::io::Error::other)??)
 }
 
 impl Upload {
@@ -108,12 +101,7 @@ impl Upload {
         compiler: &Compiler,
         tenant: &Tenant,
     ) -> Result<ReadyArtifact, CompileError> {
-        let Self {
-            runtime,
-            revision,
-            bytes,
-            artifact,
-        } = self;
+        let Self { runtime, revision, bytes, artifact } = self;
         let compiled = match runtime {
             Runtime::Native => None,
             Runtime::Wasm => {
@@ -122,11 +110,6 @@ impl Upload {
                 Some((compiled, compiler.engine().to_owned()))
             }
         };
-        Ok(ReadyArtifact {
-            revision,
-            bytes,
-            runtime,
-            files: RevisionFiles { artifact, compiled },
-        })
+        Ok(ReadyArtifact { revision, bytes, runtime, files: RevisionFiles { artifact, compiled } })
     }
 }

@@ -173,14 +173,7 @@ mod tests {
     fn one_bearer_key_and_no_other_is_taken() {
         assert_eq!(key(&["Bearer abc"]).as_deref(), Some("abc"));
         assert_eq!(key(&["bearer  abc "]).as_deref(), Some("abc"));
-        for bad in [
-            &["Basic abc"][..],
-            &["Bearer"],
-            &["Bearer "],
-            &["abc"],
-            &[],
-            &["Bearer a", "Bearer a"],
-        ] {
+        for bad in [&["Basic abc"][..], &["Bearer"], &["Bearer "], &["abc"], &[], &["Bearer a", "Bearer a"]] {
             assert_eq!(key(bad), None, "{bad:?}");
         }
     }

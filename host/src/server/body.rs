@@ -35,10 +35,7 @@ pub(super) enum BodyError {
 
 impl PacedBody {
     pub(super) fn new(body: Body, rule: PaceRule) -> Self {
-        Self {
-            body,
-            pace: Pace::new(rule),
-        }
+        Self { body, pace: Pace::new(rule) }
     }
 }
 
@@ -77,19 +74,14 @@ impl From<BodyError> for Problem {
 /// Refuses every `Content-Encoding`: nothing is inflated here, so nothing can be a bomb.
 pub(super) fn refuse_encoding(headers: &HeaderMap) -> Result<(), Problem> {
     if headers.contains_key(header::CONTENT_ENCODING) {
-        return Err(Problem::new(
-            Code::UnsupportedMediaType,
-            "send the body without `Content-Encoding`",
-        ));
+        return Err(Problem::new(Code::UnsupportedMediaType, "send the body without `Content-Encoding`"));
     }
     Ok(())
 }
 
 /// Refuses a body whose announced length is over the limit, before any of it is asked for.
 pub(super) fn refuse_longer_than(headers: &HeaderMap, most: u64) -> Result<(), Problem> {
-    let announced = headers
-        .get(header::CONTENT_LENGTH)
-        .and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
+    let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
     match announced {
         Some(length) if length > most => Err(too_large(most)),
         _ => Ok(()),
@@ -124,9 +116,7 @@ pub(super) async fn read_json<T: DeserializeOwned>(
 /// Parses a JSON object into `T`.
 pub(super) fn parse_object<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     if bytes.iter().find(|b| !b.is_ascii_whitespace()) != Some(&b'{') {
-        return Err(Problem::malformed(
-            "the body must be a JSON object; send `{}` to set nothing",
-        ));
+        return Err(Problem::malformed("the body must be a JSON object; send `{}` to set nothing"));
     }
     serde_json::from_slice(bytes).map_err(|error| Problem::malformed(format!("JSON: {error}")))
 }
@@ -136,19 +126,9 @@ fn refuse_other_type(headers: &HeaderMap) -> Result<(), Problem> {
     let Some(value) = headers.get(header::CONTENT_TYPE) else {
         return Ok(());
     };
-    let essence = value
-        .to_str()
-        .unwrap_or_default()
-        .split(';')
-        .next()
-        .unwrap_or_default()
-        .trim()
-        .to_ascii_lowercase();
+    let essence = value.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     if matches!(essence.as_str(), "application/json" | "application/merge-patch+json") {
         return Ok(());
     }
-    Err(Problem::new(
-        Code::UnsupportedMediaType,
-        "send JSON with `Content-Type: application/json`",
-    ))
+    Err(Problem::new(Code::UnsupportedMediaType, "send JSON with `Content-Type: application/json`"))
 }

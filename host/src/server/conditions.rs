@@ -54,9 +54,7 @@ impl Tags {
     fn of(headers: &HeaderMap, name: &header::HeaderName) -> Result<Option<Self>, Problem> {
         let mut tags = Vec::new();
         for value in headers.get_all(name) {
-            let text = value
-                .to_str()
-                .map_err(|_| Problem::malformed(format!("`{name}` is not ASCII")))?;
+            let text = value.to_str().map_err(|_| Problem::malformed(format!("`{name}` is not ASCII")))?;
             if text.trim() == "*" {
                 return Ok(Some(Self::Any));
             }
@@ -104,10 +102,7 @@ mod tests {
         assert!(!conditions("if-none-match", "*").hold(Some("\"a\"")));
         assert!(conditions("if-match", "\"b\", \"a\"").hold(Some("\"a\"")));
         assert!(!conditions("if-match", "\"b\"").hold(Some("\"a\"")));
-        assert!(
-            !conditions("if-match", "W/\"a\"").hold(Some("\"a\"")),
-            "a weak tag is no strong match"
-        );
+        assert!(!conditions("if-match", "W/\"a\"").hold(Some("\"a\"")), "a weak tag is no strong match");
         assert!(!conditions("if-match", "*").hold(None));
     }
 
@@ -119,11 +114,7 @@ mod tests {
             (json!({"a": "b"}), json!({"b": "c"}), json!({"a": "b", "b": "c"})),
             (json!({"a": "b"}), json!({"a": null}), json!({})),
             (json!({"a": ["b"]}), json!({"a": "c"}), json!({"a": "c"})),
-            (
-                json!({"a": {"b": "c"}}),
-                json!({"a": {"b": "d", "c": null}}),
-                json!({"a": {"b": "d"}}),
-            ),
+            (json!({"a": {"b": "c"}}), json!({"a": {"b": "d", "c": null}}), json!({"a": {"b": "d"}})),
             (json!({"a": "foo"}), json!("bar"), json!("bar")),
             (json!({"e": null}), json!({"a": 1}), json!({"e": null, "a": 1})),
             (json!([1, 2]), json!({"a": "b", "c": null}), json!({"a": "b"})),

@@ -93,11 +93,7 @@ impl Connections {
             evict: Notify::new(),
         });
         table.open.insert(id, connection.clone());
-        Some(Seat {
-            table: self.clone(),
-            id,
-            connection,
-        })
+        Some(Seat { table: self.clone(), id, connection })
     }
 }
 
@@ -178,13 +174,7 @@ pub(super) struct WatchedStream<S> {
 
 impl<S> WatchedStream<S> {
     pub(super) fn new(stream: S, connection: Arc<Connection>, rule: PaceRule) -> Self {
-        Self {
-            stream,
-            connection,
-            rule,
-            pace: Pace::new(rule),
-            request: 0,
-        }
+        Self { stream, connection, rule, pace: Pace::new(rule), request: 0 }
     }
 
     fn paced<T>(&mut self, cx: &mut Context<'_>, polled: Poll<io::Result<T>>, moved: usize) -> Poll<io::Result<T>> {
@@ -295,11 +285,7 @@ mod tests {
     use super::*;
 
     fn rules() -> ConnectionRules {
-        let pace = PaceRule {
-            grace: Duration::from_secs(10),
-            bytes_per_second: 1024,
-            most: Duration::from_secs(300),
-        };
+        let pace = PaceRule { grace: Duration::from_secs(10), bytes_per_second: 1024, most: Duration::from_secs(300) };
         ConnectionRules {
             most: 2,
             header_timeout: Duration::from_secs(10),

@@ -32,13 +32,7 @@ pub(super) struct Pace {
 
 impl Pace {
     pub(super) fn new(rule: PaceRule) -> Self {
-        Self {
-            rule,
-            bytes: 0,
-            waited: Duration::ZERO,
-            since: None,
-            alarm: None,
-        }
+        Self { rule, bytes: 0, waited: Duration::ZERO, since: None, alarm: None }
     }
 
     /// Bytes have moved.
@@ -73,11 +67,8 @@ mod tests {
 
     use super::*;
 
-    const RULE: PaceRule = PaceRule {
-        grace: Duration::from_secs(10),
-        bytes_per_second: 1024,
-        most: Duration::from_secs(300),
-    };
+    const RULE: PaceRule =
+        PaceRule { grace: Duration::from_secs(10), bytes_per_second: 1024, most: Duration::from_secs(300) };
 
     async fn waits_for(pace: &mut Pace) -> Duration {
         let start = Instant::now();
@@ -88,10 +79,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn silence_is_borne_for_the_grace_only() {
         let waited = waits_for(&mut Pace::new(RULE)).await;
-        assert!(
-            waited.abs_diff(Duration::from_secs(10)) < Duration::from_millis(10),
-            "{waited:?}"
-        );
+        assert!(waited.abs_diff(Duration::from_secs(10)) < Duration::from_millis(10), "{waited:?}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -91,13 +91,7 @@ impl Problem {
     /// A problem with its usual status.
     #[must_use]
     pub fn new(code: Code, detail: impl Into<String>) -> Self {
-        Self {
-            code,
-            status: code.status(),
-            detail: detail.into(),
-            members: Map::new(),
-            headers: Vec::new(),
-        }
+        Self { code, status: code.status(), detail: detail.into(), members: Map::new(), headers: Vec::new() }
     }
 
     /// Adds an extension member.
@@ -148,10 +142,7 @@ impl Problem {
             source = cause.source();
         }
         tracing::error!(error = %causes, "request failed");
-        Self::new(
-            Code::Internal,
-            "the server has failed; the operator can find out why in its log",
-        )
+        Self::new(Code::Internal, "the server has failed; the operator can find out why in its log")
     }
 }
 
@@ -170,10 +161,7 @@ impl IntoResponse for Problem {
         let mut response = Response::new(Body::from(body.to_string()));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
-        headers.insert(
-            header::CONTENT_TYPE,
-            HeaderValue::from_static("application/problem+json"),
-        );
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         headers.extend(self.headers);
         response
     }
@@ -182,11 +170,10 @@ impl IntoResponse for Problem {
 impl From<AuthError> for Problem {
     fn from(error: AuthError) -> Self {
         match error {
-            AuthError::Unauthenticated => Self::new(
-                Code::Unauthenticated,
-                "send the header `Authorization: Bearer <key>` with a valid key",
-            )
-            .header(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")),
+            AuthError::Unauthenticated => {
+                Self::new(Code::Unauthenticated, "send the header `Authorization: Bearer <key>` with a valid key")
+                    .header(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"))
+            }
             AuthError::NotFound => Self::not_found(),
             AuthError::OperatorOnly => Self::new(Code::OperatorOnly, "this route takes the operator's key only"),
         }
@@ -198,12 +185,7 @@ impl From<LimitError> for Problem {
         let detail = error.to_string();
         match error {
             LimitError::Malformed(_) => Self::malformed(detail),
-            LimitError::OutOfRange {
-                limit,
-                given,
-                minimum,
-                maximum,
-            } => Self::new(Code::LimitOutOfRange, detail)
+            LimitError::OutOfRange { limit, given, minimum, maximum } => Self::new(Code::LimitOutOfRange, detail)
                 .with("limit", limit.key())
                 .with("given", given)
                 .with("minimum", limit.to_json(minimum))
@@ -220,12 +202,7 @@ impl From<SettingsError> for Problem {
         let detail = error.to_string();
         match error {
             SettingsError::Malformed(_) => Self::malformed(detail),
-            SettingsError::OutOfRange {
-                field,
-                given,
-                minimum,
-                maximum,
-            } => Self::new(Code::LimitOutOfRange, detail)
+            SettingsError::OutOfRange { field, given, minimum, maximum } => Self::new(Code::LimitOutOfRange, detail)
                 .with("limit", field)
                 .with("given", given)
                 .with("minimum", minimum)
@@ -250,11 +227,7 @@ impl From<PluginSettingsError> for Problem {
 impl From<AdmissionError> for Problem {
     fn from(error: AdmissionError) -> Self {
         let detail = error.to_string();
-        let quota = |name: &str| {
-            Self::new(Code::QuotaExceeded, detail.clone())
-                .with("quota", name)
-                .retry_after(1)
-        };
+        let quota = |name: &str| Self::new(Code::QuotaExceeded, detail.clone()).with("quota", name).retry_after(1);
         match error {
             AdmissionError::TenantQueueFull(_) => quota("jobs_queued"),
             AdmissionError::TenantBusy(_) => quota("jobs_running"),
@@ -271,12 +244,11 @@ impl From<StoreError> for Problem {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::NoTenant | StoreError::NoPlugin => Self::not_found(),
-            StoreError::TooManyPlugins(most) => Self::new(
-                Code::QuotaExceeded,
-                format!("the tenant's quota `plugins` of {most} is used up"),
-            )
-            .with("quota", "plugins")
-            .retry_after(60),
+            StoreError::TooManyPlugins(most) => {
+                Self::new(Code::QuotaExceeded, format!("the tenant's quota `plugins` of {most} is used up"))
+                    .with("quota", "plugins")
+                    .retry_after(60)
+            }
             StoreError::Changed => Self::new(
                 Code::PreconditionFailed,
                 "`If-Match` or `If-None-Match` does not hold; read the resource again",

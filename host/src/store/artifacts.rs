@@ -42,17 +42,8 @@ impl TempFile {
     /// Those of making a file: no space, no descriptors.
     pub fn make(dir: &DataDir) -> Result<Self, ArtifactError> {
         let path = dir.tmp().join(Uuid::now_v7().to_string());
-        let options = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path);
-        Ok(Self {
-            file: options.map_err(at("make", &path))?,
-            path,
-            kept: false,
-        })
+        let options = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
+        Ok(Self { file: options.map_err(at("make", &path))?, path, kept: false })
     }
 
     /// The open file, at whatever position it was left.
@@ -76,9 +67,7 @@ impl TempFile {
         self.file.sync_all().map_err(at("write out", &self.path))?;
         fs::rename(&self.path, place).map_err(at("move into place", place))?;
         self.kept = true;
-        File::open(parent)
-            .and_then(|dir| dir.sync_all())
-            .map_err(at("write out", parent))
+        File::open(parent).and_then(|dir| dir.sync_all()).map_err(at("write out", parent))
     }
 }
 
@@ -122,19 +111,13 @@ pub(super) fn sweep(dir: &DataDir, memory: &Memory) -> Result<(), ArtifactError>
 fn sweep_tenants(parent: &Path, memory: &Memory) -> Result<(), ArtifactError> {
     for tenant in names_in(parent)? {
         let path = parent.join(&tenant);
-        let known = tenant
-            .parse::<Name>()
-            .ok()
-            .filter(|name| memory.tenants.contains_key(name));
+        let known = tenant.parse::<Name>().ok().filter(|name| memory.tenants.contains_key(name));
         let Some(name) = known else {
             remove_tree(&path)?;
             continue;
         };
         for digest in names_in(&path)? {
-            if !digest
-                .parse::<Revision>()
-                .is_ok_and(|revision| memory.uses(&name, &revision))
-            {
+            if !digest.parse::<Revision>().is_ok_and(|revision| memory.uses(&name, &revision)) {
                 remove_file(&path.join(digest))?;
             }
         }

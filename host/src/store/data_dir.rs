@@ -72,11 +72,7 @@ impl DataDir {
         let instance_path = path.join("instance");
         let instance = read_or_make_instance(&instance_path).map_err(at("read", &instance_path))?;
         let instance = instance.parse().map_err(|_| DataDirError::Instance(instance_path))?;
-        Ok(Self {
-            path,
-            instance,
-            _lock: lock,
-        })
+        Ok(Self { path, instance, _lock: lock })
     }
 
     /// The directory itself.
@@ -127,10 +123,7 @@ impl DataDir {
     /// another, nor its timing tell that somebody had uploaded the same.
     #[must_use]
     pub fn compiled(&self, engine: &str, tenant: &Name, revision: &Revision) -> PathBuf {
-        self.all_compiled()
-            .join(engine)
-            .join(tenant.as_str())
-            .join(revision.hex())
+        self.all_compiled().join(engine).join(tenant.as_str()).join(revision.hex())
     }
 }
 
@@ -139,13 +132,7 @@ pub(super) fn make_private(path: &Path) -> io::Result<()> {
 }
 
 fn private_file(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
 }
 
 /// The id is random, and made with the directory: two directories on one host never share a cgroup.

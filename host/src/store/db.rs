@@ -62,9 +62,7 @@ impl Db {
             }
             SCHEMA_VERSION => {}
             later => {
-                return Err(StoreError::Content(format!(
-                    "schema version {later}, written by a later version"
-                )));
+                return Err(StoreError::Content(format!("schema version {later}, written by a later version")));
             }
         }
         Ok(Self(connection))
@@ -97,10 +95,7 @@ impl Db {
     pub(super) fn put_tenant(&mut self, row: &TenantRow) -> Result<(), StoreError> {
         let sql = "INSERT INTO tenants (name, settings, created_at) VALUES (?1, ?2, ?3)
                    ON CONFLICT (name) DO UPDATE SET settings = ?2";
-        self.0.execute(
-            sql,
-            params![row.name.as_str(), json(&row.settings)?, row.created_at.to_string()],
-        )?;
+        self.0.execute(sql, params![row.name.as_str(), json(&row.settings)?, row.created_at.to_string()])?;
         Ok(())
     }
 
@@ -112,10 +107,7 @@ impl Db {
     pub(super) fn add_key(&mut self, info: &KeyInfo, hash: &KeyHash) -> Result<(), StoreError> {
         let sql = "INSERT INTO keys (id, tenant, hash, created_at) VALUES (?1, ?2, ?3, ?4)";
         let created_at = info.created_at.to_string();
-        self.0.execute(
-            sql,
-            params![info.id.to_string(), info.tenant.as_str(), hash.as_bytes(), created_at],
-        )?;
+        self.0.execute(sql, params![info.id.to_string(), info.tenant.as_str(), hash.as_bytes(), created_at])?;
         Ok(())
     }
 
@@ -146,28 +138,17 @@ impl Db {
     }
 
     pub(super) fn delete_plugin(&mut self, tenant: &Name, name: &Name) -> Result<(), StoreError> {
-        self.0.execute(
-            "DELETE FROM plugins WHERE tenant = ?1 AND name = ?2",
-            [tenant.as_str(), name.as_str()],
-        )?;
+        self.0.execute("DELETE FROM plugins WHERE tenant = ?1 AND name = ?2", [tenant.as_str(), name.as_str()])?;
         Ok(())
     }
 }
 
 fn tenant(row: &Row<'_>) -> Result<TenantRow, StoreError> {
-    Ok(TenantRow {
-        name: parsed(row, 0)?,
-        settings: from_json(row, 1)?,
-        created_at: time(row, 2)?,
-    })
+    Ok(TenantRow { name: parsed(row, 0)?, settings: from_json(row, 1)?, created_at: time(row, 2)? })
 }
 
 fn key(row: &Row<'_>) -> Result<KeyInfo, StoreError> {
-    Ok(KeyInfo {
-        id: parsed(row, 0)?,
-        tenant: parsed(row, 1)?,
-        created_at: time(row, 2)?,
-    })
+    Ok(KeyInfo { id: parsed(row, 0)?, tenant: parsed(row, 1)?, created_at: time(row, 2)? })
 }
 
 fn plugin(row: &Row<'_>) -> Result<Plugin, StoreError> {

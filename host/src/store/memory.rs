@@ -27,13 +27,7 @@ impl Memory {
         let row = Arc::new(row);
         match self.tenants.get_mut(&row.name) {
             Some(entry) => entry.row = row,
-            None => drop(self.tenants.insert(
-                row.name.clone(),
-                Entry {
-                    row,
-                    plugins: BTreeMap::new(),
-                },
-            )),
+            None => drop(self.tenants.insert(row.name.clone(), Entry { row, plugins: BTreeMap::new() })),
         }
     }
 
@@ -53,19 +47,11 @@ impl Memory {
     /// The key with this hash, compared once more in constant time: the map's own comparison of hashes of random keys
     /// tells nothing useful, and this costs nothing.
     pub(super) fn key(&self, hash: &KeyHash) -> Option<KeyInfo> {
-        self.keys
-            .get_key_value(hash)
-            .filter(|(stored, _)| stored.matches(hash))
-            .map(|(_, info)| info.clone())
+        self.keys.get_key_value(hash).filter(|(stored, _)| stored.matches(hash)).map(|(_, info)| info.clone())
     }
 
     pub(super) fn keys_of(&self, tenant: &Name) -> Vec<KeyInfo> {
-        let mut keys: Vec<KeyInfo> = self
-            .keys
-            .values()
-            .filter(|key| key.tenant == *tenant)
-            .cloned()
-            .collect();
+        let mut keys: Vec<KeyInfo> = self.keys.values().filter(|key| key.tenant == *tenant).cloned().collect();
         keys.sort_by_key(|key| key.id);
         keys
     }
@@ -88,8 +74,6 @@ impl Memory {
 
     /// Whether a plugin of the tenant has this revision.
     pub(super) fn uses(&self, tenant: &Name, revision: &Revision) -> bool {
-        self.tenants
-            .get(tenant)
-            .is_some_and(|entry| entry.plugins.values().any(|p| p.revision == *revision))
+        self.tenants.get(tenant).is_some_and(|entry| entry.plugins.values().any(|p| p.revision == *revision))
     }
 }

@@ -84,11 +84,7 @@ impl Store {
         let db = Db::open(&dir.database())?;
         let memory = db.load()?;
         artifacts::sweep(&dir, &memory)?;
-        Ok(Self(Arc::new(Inner {
-            dir,
-            db: Mutex::new(db),
-            memory: RwLock::new(memory),
-        })))
+        Ok(Self(Arc::new(Inner { dir, db: Mutex::new(db), memory: RwLock::new(memory) })))
     }
 
     /// The directory behind it.
@@ -138,17 +134,10 @@ impl Store {
             if !allowed(now.as_deref()) {
                 return Err(StoreError::Changed);
             }
-            let row = TenantRow {
-                created_at: now.as_ref().map_or(row.created_at, |now| now.created_at),
-                ..row
-            };
+            let row = TenantRow { created_at: now.as_ref().map_or(row.created_at, |now| now.created_at), ..row };
             db.put_tenant(&row)?;
             inner.write().put_tenant(row);
-            Ok(if now.is_some() {
-                Change::Replaced
-            } else {
-                Change::Created
-            })
+            Ok(if now.is_some() { Change::Replaced } else { Change::Created })
         })
         .await
     }
@@ -159,12 +148,7 @@ impl Store {
     /// [`StoreError::NoTenant`], or [`StoreError::Changed`].
     pub async fn delete_tenant(&self, name: Name, allowed: Precondition<TenantRow>) -> Result<(), StoreError> {
         self.change(move |inner, db| {
-            let now = inner
-                .read()
-                .tenants
-                .get(&name)
-                .map(|entry| entry.row.clone())
-                .ok_or(StoreError::NoTenant)?;
+            let now = inner.read().tenants.get(&name).map(|entry| entry.row.clone()).ok_or(StoreError::NoTenant)?;
             if !allowed(Some(&now)) {
                 return Err(StoreError::Changed);
             }
@@ -231,11 +215,7 @@ impl Store {
     #[must_use]
     pub fn plugins(&self, tenant: &Name) -> Vec<Arc<Plugin>> {
         self.read(|memory| {
-            memory
-                .tenants
-                .get(tenant)
-                .map(|t| t.plugins.values().cloned().collect())
-                .unwrap_or_default()
+            memory.tenants.get(tenant).map(|t| t.plugins.values().cloned().collect()).unwrap_or_default()
         })
     }
 
@@ -270,11 +250,7 @@ impl Store {
             if let Some(old) = &old {
                 inner.forget_revision(&old.tenant, &old.revision)?;
             }
-            Ok(if old.is_some() {
-                Change::Replaced
-            } else {
-                Change::Created
-            })
+            Ok(if old.is_some() { Change::Replaced } else { Change::Created })
         })
         .await
     }
@@ -285,10 +261,7 @@ impl Store {
     /// [`StoreError::NoPlugin`] or [`StoreError::Changed`].
     pub async fn set_plugin(&self, plugin: Plugin, allowed: Precondition<Plugin>) -> Result<(), StoreError> {
         self.change(move |inner, db| {
-            let now = inner
-                .read()
-                .plugin(&plugin.tenant, &plugin.name)
-                .ok_or(StoreError::NoPlugin)?;
+            let now = inner.read().plugin(&plugin.tenant, &plugin.name).ok_or(StoreError::NoPlugin)?;
             // an upload in the meantime has brought a revision that these settings were not made for
             if !allowed(Some(&now)) || now.revision != plugin.revision {
                 return Err(StoreError::Changed);

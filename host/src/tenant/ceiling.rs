@@ -14,16 +14,8 @@ const AVAILABLE: [(&str, f64, f64); 4] = [
 ];
 
 /// Settings of the contract that no controller is behind yet.
-const NOT_AVAILABLE: [&str; 8] = [
-    "cpuset",
-    "io",
-    "io_weight",
-    "devices",
-    "hugetlb",
-    "net_class",
-    "net_priority",
-    "egress_bps",
-];
+const NOT_AVAILABLE: [&str; 8] =
+    ["cpuset", "io", "io_weight", "devices", "hugetlb", "net_class", "net_priority", "egress_bps"];
 
 /// A tenant's checked `limits` object.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -34,16 +26,11 @@ impl CeilingSettings {
     pub(super) fn check(json: &Map<String, Value>) -> Result<(), SettingsError> {
         for (key, value) in json {
             if NOT_AVAILABLE.contains(&key.as_str()) {
-                return Err(SettingsError::NotAvailable {
-                    field: format!("limits.{key}"),
-                });
+                return Err(SettingsError::NotAvailable { field: format!("limits.{key}") });
             }
             let Some((_, minimum, maximum)) = AVAILABLE.iter().find(|(name, ..)| name == key) else {
                 let names: Vec<&str> = AVAILABLE.iter().map(|(name, ..)| *name).collect();
-                let detail = format!(
-                    "a tenant has no limit `{key}`; tenants' limits are {}",
-                    names.join(", ")
-                );
+                let detail = format!("a tenant has no limit `{key}`; tenants' limits are {}", names.join(", "));
                 return Err(SettingsError::Malformed(detail));
             };
             let Some(number) = value.as_number() else {
@@ -55,11 +42,7 @@ impl CeilingSettings {
             }
             if !(*minimum..=*maximum).contains(&float) {
                 let json = |bound: f64| {
-                    if key == "cpu_cores" {
-                        Value::from(bound)
-                    } else {
-                        Value::from(whole(bound))
-                    }
+                    if key == "cpu_cores" { Value::from(bound) } else { Value::from(whole(bound)) }
                 };
                 return Err(SettingsError::OutOfRange {
                     field: format!("limits.{key}"),
@@ -110,29 +93,16 @@ mod tests {
         let json = json!({"memory_bytes": 8_388_608, "cpu_cores": 0.5, "cpu_weight": 50, "pids": 100});
         check(&json).unwrap();
         let ceiling = CeilingSettings::from_stored(json.as_object().unwrap()).ceiling();
-        let expected = Ceiling {
-            memory_bytes: Some(8 << 20),
-            cpu_millicores: Some(500),
-            cpu_weight: Some(50),
-            pids: Some(100),
-        };
+        let expected =
+            Ceiling { memory_bytes: Some(8 << 20), cpu_millicores: Some(500), cpu_weight: Some(50), pids: Some(100) };
         assert_eq!(ceiling, expected);
     }
 
     #[test]
     fn what_cannot_be_enforced_is_refused() {
-        assert!(matches!(
-            check(&json!({"io_weight": 5})),
-            Err(SettingsError::NotAvailable { .. })
-        ));
-        assert!(matches!(
-            check(&json!({"cpu_cores": 0})),
-            Err(SettingsError::OutOfRange { .. })
-        ));
-        assert!(matches!(
-            check(&json!({"pids": -1})),
-            Err(SettingsError::OutOfRange { .. })
-        ));
+        assert!(matches!(check(&json!({"io_weight": 5})), Err(SettingsError::NotAvailable { .. })));
+        assert!(matches!(check(&json!({"cpu_cores": 0})), Err(SettingsError::OutOfRange { .. })));
+        assert!(matches!(check(&json!({"pids": -1})), Err(SettingsError::OutOfRange { .. })));
         assert!(matches!(check(&json!({"pids": 2.5})), Err(SettingsError::Malformed(_))));
         assert!(matches!(check(&json!({"memory": 1})), Err(SettingsError::Malformed(_))));
     }

@@ -112,11 +112,7 @@ impl OperatorKey {
     /// It is shorter, or has other characters.
     pub fn new(key: &str) -> Result<Self, OperatorKeyError> {
         let visible = key.bytes().all(|b| b.is_ascii_graphic());
-        if visible && key.len() >= Self::MIN_LEN {
-            Ok(Self(KeyHash::of(key)))
-        } else {
-            Err(OperatorKeyError)
-        }
+        if visible && key.len() >= Self::MIN_LEN { Ok(Self(KeyHash::of(key))) } else { Err(OperatorKeyError) }
     }
 
     /// Whether the presented key is this one.
@@ -176,11 +172,7 @@ impl Caller {
     /// # Errors
     /// [`AuthError::OperatorOnly`] for everybody else.
     pub fn operator(&self) -> Result<(), AuthError> {
-        if *self == Self::Operator {
-            Ok(())
-        } else {
-            Err(AuthError::OperatorOnly)
-        }
+        if *self == Self::Operator { Ok(()) } else { Err(AuthError::OperatorOnly) }
     }
 }
 
@@ -191,11 +183,7 @@ mod tests {
 
     fn row(name: &str) -> Option<Arc<TenantRow>> {
         let (settings, created_at) = (TenantSettings::default(), Timestamp::UNIX_EPOCH);
-        Some(Arc::new(TenantRow {
-            name: name.parse().unwrap(),
-            settings,
-            created_at,
-        }))
+        Some(Arc::new(TenantRow { name: name.parse().unwrap(), settings, created_at }))
     }
 
     #[test]
@@ -220,12 +208,7 @@ mod tests {
     #[test]
     fn any_long_visible_operator_key_is_taken() {
         assert!(OperatorKey::new(&"x".repeat(32)).is_ok());
-        for bad in [
-            "x".repeat(31),
-            "ä".repeat(32),
-            format!("{} ", "x".repeat(32)),
-            String::new(),
-        ] {
+        for bad in ["x".repeat(31), "ä".repeat(32), format!("{} ", "x".repeat(32)), String::new()] {
             assert!(OperatorKey::new(&bad).is_err(), "{bad:?}");
         }
     }

@@ -30,27 +30,9 @@ struct Row {
 }
 
 const TABLE: [Row; 6] = [
-    Row {
-        word: "jobs_running",
-        minimum: 1,
-        default: 64,
-        maximum: 4096,
-        about: "jobs that run at once",
-    },
-    Row {
-        word: "jobs_queued",
-        minimum: 1,
-        default: 256,
-        maximum: 65_536,
-        about: "jobs that wait at once",
-    },
-    Row {
-        word: "plugins",
-        minimum: 1,
-        default: 100,
-        maximum: 10_000,
-        about: "plugins in all",
-    },
+    Row { word: "jobs_running", minimum: 1, default: 64, maximum: 4096, about: "jobs that run at once" },
+    Row { word: "jobs_queued", minimum: 1, default: 256, maximum: 65_536, about: "jobs that wait at once" },
+    Row { word: "plugins", minimum: 1, default: 100, maximum: 10_000, about: "plugins in all" },
     Row {
         word: "artifact_bytes",
         minimum: 1024,
@@ -128,11 +110,7 @@ impl Quota {
 
     /// Fills a checked object up with the defaults.
     pub(super) fn from_stored(json: &Map<String, Value>) -> Self {
-        let value = |key: QuotaKey| {
-            json.get(key.word())
-                .and_then(Value::as_u64)
-                .unwrap_or(key.row().default)
-        };
+        let value = |key: QuotaKey| json.get(key.word()).and_then(Value::as_u64).unwrap_or(key.row().default);
         Self(QuotaKey::ALL.map(value))
     }
 
@@ -147,9 +125,7 @@ impl Quota {
             let Value::Number(number) = value else {
                 return Err(SettingsError::Malformed(format!("`quota.{word}` is no number")));
             };
-            let in_range = number
-                .as_u64()
-                .is_some_and(|n| (row.minimum..=row.maximum).contains(&n));
+            let in_range = number.as_u64().is_some_and(|n| (row.minimum..=row.maximum).contains(&n));
             if !in_range {
                 return Err(SettingsError::OutOfRange {
                     field: format!("quota.{word}"),
@@ -178,11 +154,7 @@ mod tests {
         for (i, key) in QuotaKey::ALL.into_iter().enumerate() {
             assert_eq!(key as usize, i);
             let (minimum, default, maximum) = key.range();
-            assert!(
-                minimum > 0 && minimum <= default && default <= maximum,
-                "{}",
-                key.word()
-            );
+            assert!(minimum > 0 && minimum <= default && default <= maximum, "{}", key.word());
         }
         assert_eq!(QuotaKey::StoredOutputBytes.word(), "stored_output_bytes");
     }
@@ -190,11 +162,7 @@ mod tests {
     #[test]
     fn quotas_are_checked_against_their_ranges() {
         assert!(check(&json!({"jobs_running": 1, "plugins": 10_000})).is_ok());
-        for bad in [
-            json!({"jobs_running": 0}),
-            json!({"jobs_queued": -1}),
-            json!({"plugins": 1e300}),
-        ] {
+        for bad in [json!({"jobs_running": 0}), json!({"jobs_queued": -1}), json!({"plugins": 1e300})] {
             assert!(matches!(check(&bad), Err(SettingsError::OutOfRange { .. })), "{bad}");
         }
         for bad in [json!({"jobs": 1}), json!({"plugins": "1"}), json!({"plugins": null})] {

@@ -80,9 +80,7 @@ impl TenantSettings {
         let own = Maximums::least_of(vec![server_maximums.clone(), maximums]);
         Given::read(&self.job_defaults, None, &own).map_err(limit("job_defaults"))?;
         if self.priority.is_some() {
-            return Err(SettingsError::NotAvailable {
-                field: "priority".into(),
-            });
+            return Err(SettingsError::NotAvailable { field: "priority".into() });
         }
         Ok(())
     }

@@ -12,11 +12,7 @@ const MIB: usize = 1 << 20;
 /// Recurses until the stack is used up.
 pub(crate) fn overflow_stack(depth: u64) -> u64 {
     let frame = std::hint::black_box([depth; 64]);
-    if depth == u64::MAX {
-        0
-    } else {
-        overflow_stack(depth + 1) ^ frame[(depth % 64) as usize]
-    }
+    if depth == u64::MAX { 0 } else { overflow_stack(depth + 1) ^ frame[(depth % 64) as usize] }
 }
 
 /// Runs `work` in a grandchild whose parent has gone, and waits for its end.

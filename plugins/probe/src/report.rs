@@ -40,9 +40,7 @@ pub(crate) fn everything() -> Value {
 }
 
 fn link(path: &str) -> Value {
-    fs::read_link(path)
-        .map(|target| Value::from(target.display().to_string()))
-        .unwrap_or(Value::Null)
+    fs::read_link(path).map(|target| Value::from(target.display().to_string())).unwrap_or(Value::Null)
 }
 
 fn lines(path: &str) -> Value {
@@ -57,26 +55,16 @@ fn status(path: &str) -> Value {
         return Value::Null;
     };
     let fields = text.lines().filter_map(|line| line.split_once(':'));
-    fields
-        .map(|(key, value)| (key.to_owned(), Value::from(value.trim())))
-        .collect::<Map<_, _>>()
-        .into()
+    fields.map(|(key, value)| (key.to_owned(), Value::from(value.trim()))).collect::<Map<_, _>>().into()
 }
 
 fn namespaces() -> Value {
     let names = ["user", "pid", "mnt", "uts", "ipc", "net", "cgroup"];
     let number = |name: &str| -> Option<u64> {
-        let target = fs::read_link(format!("/proc/self/ns/{name}"))
-            .ok()?
-            .to_string_lossy()
-            .into_owned();
+        let target = fs::read_link(format!("/proc/self/ns/{name}")).ok()?.to_string_lossy().into_owned();
         target.split_once('[')?.1.strip_suffix(']')?.parse().ok()
     };
-    names
-        .into_iter()
-        .map(|name| (name.to_owned(), json!(number(name))))
-        .collect::<Map<_, _>>()
-        .into()
+    names.into_iter().map(|name| (name.to_owned(), json!(number(name)))).collect::<Map<_, _>>().into()
 }
 
 /// What each open descriptor is, the one that reads the directory left out.
@@ -84,10 +72,7 @@ fn fds() -> Value {
     let Ok(dir) = fs::read_dir("/proc/self/fd") else {
         return Value::Null;
     };
-    let numbers: Vec<String> = dir
-        .flatten()
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .collect();
+    let numbers: Vec<String> = dir.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     let open = numbers.into_iter().filter_map(|fd| {
         let target = fs::read_link(format!("/proc/self/fd/{fd}")).ok()?;
         Some((fd, Value::from(target.display().to_string())))
@@ -119,13 +104,7 @@ fn tree() -> Value {
             json!({"kind": word, "mode": format!("{mode:o}"), "uid": uid, "rdev": metadata.rdev()}),
         );
         if kind.is_dir() && path != Path::new("/proc") && found.len() < MAX_ENTRIES {
-            waiting.extend(
-                fs::read_dir(&path)
-                    .into_iter()
-                    .flatten()
-                    .flatten()
-                    .map(|entry| entry.path()),
-            );
+            waiting.extend(fs::read_dir(&path).into_iter().flatten().flatten().map(|entry| entry.path()));
         }
     }
     found.into()
@@ -136,9 +115,7 @@ fn pids() -> Value {
     let Ok(dir) = fs::read_dir("/proc") else {
         return Value::Null;
     };
-    let numbers = dir
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let numbers = dir.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     numbers.collect::<Vec<_>>().into()
 }
 

@@ -29,11 +29,7 @@ pub(crate) fn wait_for(pid: i32) -> io::Result<i32> {
     if unsafe { libc::waitpid(pid, &raw mut status, 0) } == -1 {
         return Err(io::Error::last_os_error());
     }
-    Ok(if libc::WIFSIGNALED(status) {
-        128 + libc::WTERMSIG(status)
-    } else {
-        libc::WEXITSTATUS(status)
-    })
+    Ok(if libc::WIFSIGNALED(status) { 128 + libc::WTERMSIG(status) } else { libc::WEXITSTATUS(status) })
 }
 
 pub(crate) fn kill(pid: i32, signal: i32) {
@@ -45,11 +41,7 @@ pub(crate) fn raise(signal: i32) -> io::Result<()> {
     // SAFETY: no memory is involved.
     let own = unsafe { libc::getpid() };
     // SAFETY: no memory is involved.
-    if unsafe { libc::kill(own, signal) } == -1 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    if unsafe { libc::kill(own, signal) } == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 pub(crate) fn segfault() -> ! {
@@ -77,10 +69,7 @@ pub(crate) fn hostname() -> String {
 
 /// Soft and hard limit.
 pub(crate) fn rlimit(resource: libc::__rlimit_resource_t) -> (u64, u64) {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `limit` outlives the call.
     unsafe { libc::getrlimit(resource, &raw mut limit) };
     (limit.rlim_cur, limit.rlim_max)

@@ -30,11 +30,7 @@ fn word_count(job: &mut Job) -> Result {
         counts.add(&line);
     }
     let out = job.output();
-    writeln!(
-        out,
-        "lines {}\nwords {}\nbytes {}",
-        counts.lines, counts.words, counts.bytes
-    )?;
+    writeln!(out, "lines {}\nwords {}\nbytes {}", counts.lines, counts.words, counts.bytes)?;
     for (word, count) in counts.most_frequent(top) {
         writeln!(out, "{word} {count}")?;
     }
@@ -44,9 +40,9 @@ fn word_count(job: &mut Job) -> Result {
 fn top(args: &[String]) -> Result<usize> {
     match args {
         [] => Ok(5),
-        [flag, number] if flag == "--top" => number
-            .parse()
-            .map_err(|_| format!("--top takes a number, not `{number}`").into()),
+        [flag, number] if flag == "--top" => {
+            number.parse().map_err(|_| format!("--top takes a number, not `{number}`").into())
+        }
         _ => Err("usage: word-count [--top N]".into()),
     }
 }
@@ -65,10 +61,7 @@ impl Counts {
         self.bytes += line.len() as u64;
         self.lines += u64::from(line.ends_with(b"\n"));
         let text = String::from_utf8_lossy(line);
-        for word in text
-            .split(|c: char| !(c.is_alphanumeric() || c == '\''))
-            .filter(|word| !word.is_empty())
-        {
+        for word in text.split(|c: char| !(c.is_alphanumeric() || c == '\'')).filter(|word| !word.is_empty()) {
             self.words += 1;
             let word = word.to_lowercase();
             if self.distinct.len() < MAX_DISTINCT || self.distinct.contains_key(&word) {
@@ -104,12 +97,7 @@ mod tests {
     fn arguments_are_checked() {
         assert_eq!(top(&[]).unwrap(), 5);
         assert_eq!(top(&["--top".into(), "9".into()]).unwrap(), 9);
-        assert!(
-            top(&["--top".into(), "x".into()])
-                .unwrap_err()
-                .to_string()
-                .contains("`x`")
-        );
+        assert!(top(&["--top".into(), "x".into()]).unwrap_err().to_string().contains("`x`"));
         assert!(top(&["what".into()]).is_err());
     }
 }

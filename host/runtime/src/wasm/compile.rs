@@ -30,9 +30,7 @@ pub fn compile(mut source: File) -> Report {
     };
     let out = io::stdout().as_fd().try_clone_to_owned().map(File::from);
     match out.and_then(|mut out| out.write_all(&artifact)) {
-        Ok(()) => Report::Compiled {
-            bytes: artifact.len() as u64,
-        },
+        Ok(()) => Report::Compiled { bytes: artifact.len() as u64 },
         Err(error) => Report::NotRunnable(format!("write the compiled module: {error}")),
     }
 }
@@ -58,10 +56,7 @@ fn name_unknown_imports(module: &Module, linker: &Linker<WasiP1Ctx>) -> Result<(
         .collect();
     match unknown.as_slice() {
         [] => Ok(()),
-        names => Err(format_err!(
-            "unknown import {}: only `wasi_snapshot_preview1` is provided",
-            names.join(", ")
-        )),
+        names => Err(format_err!("unknown import {}: only `wasi_snapshot_preview1` is provided", names.join(", "))),
     }
 }
 
@@ -70,12 +65,6 @@ fn check_start(module: &Module) -> Result<()> {
         let exports: Vec<&str> = module.exports().map(|export| export.name()).collect();
         bail!("no `_start` export; a command needs one. The module exports {exports:?}");
     };
-    let ok = export
-        .func()
-        .is_some_and(|ty| ty.params().len() == 0 && ty.results().len() == 0);
-    if ok {
-        Ok(())
-    } else {
-        bail!("the `_start` export is not a function without parameters and results")
-    }
+    let ok = export.func().is_some_and(|ty| ty.params().len() == 0 && ty.results().len() == 0);
+    if ok { Ok(()) } else { bail!("the `_start` export is not a function without parameters and results") }
 }

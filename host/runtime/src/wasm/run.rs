@@ -99,18 +99,8 @@ impl Loaded {
             .allow_udp(false)
             .preopened_dir(SCRATCH, SCRATCH, FsPerms::ReadWrite)
             .context("open `/tmp`")?;
-        let limiter = Limiter {
-            memory_bytes,
-            in_memory: 0,
-            in_tables: 0,
-        };
-        let mut store = Store::new(
-            self.module.module().engine(),
-            State {
-                wasi: wasi.build_p1(),
-                limiter,
-            },
-        );
+        let limiter = Limiter { memory_bytes, in_memory: 0, in_tables: 0 };
+        let mut store = Store::new(self.module.module().engine(), State { wasi: wasi.build_p1(), limiter });
         store.limiter(|state| &mut state.limiter);
         store.set_hostcall_fuel(MAX_HOSTCALL_BYTES);
         store.set_fuel(invocation.fuel)?;
@@ -164,34 +154,19 @@ fn end_of(result: Result<()>) -> WasmEnd {
     if let Some(OutOfMemory { asked }) = error.downcast_ref() {
         return WasmEnd::OutOfMemory { asked: *asked as u64 };
     }
-    let backtrace = error
-        .downcast_ref::<WasmBacktrace>()
-        .map(|frames| short(frames.to_string()))
-        .unwrap_or_default();
+    let backtrace = error.downcast_ref::<WasmBacktrace>().map(|frames| short(frames.to_string())).unwrap_or_default();
     match error.downcast_ref::<Trap>() {
         Some(Trap::OutOfFuel) => WasmEnd::OutOfFuel,
-        Some(trap) => WasmEnd::Trapped {
-            code: snake_case(&format!("{trap:?}")),
-            backtrace,
-        },
+        Some(trap) => WasmEnd::Trapped { code: snake_case(&format!("{trap:?}")), backtrace },
         // a WASI call's own refusal to go on, or a module that cannot be instantiated within its limits
-        None => WasmEnd::Trapped {
-            code: "host_error".into(),
-            backtrace: short(format!("{error:#}\n{backtrace}")),
-        },
+        None => WasmEnd::Trapped { code: "host_error".into(), backtrace: short(format!("{error:#}\n{backtrace}")) },
     }
 }
 
 /// The engine or a WASI call panicked on what the guest did. The guest is lost; nobody else shares this process.
 fn internal(panic: &(dyn Any + Send)) -> WasmEnd {
-    let message = panic
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or_else(|| panic.downcast_ref::<&str>().copied());
-    WasmEnd::Trapped {
-        code: "internal".into(),
-        backtrace: short(message.unwrap_or("panic").to_owned()),
-    }
+    let message = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    WasmEnd::Trapped { code: "internal".into(), backtrace: short(message.unwrap_or("panic").to_owned()) }
 }
 
 /// `UnreachableCodeReached` to `unreachable_code_reached`.
@@ -212,37 +187,23 @@ mod tests {
 
     #[test]
     fn trap_codes_are_words() {
-        assert_eq!(
-            snake_case(&format!("{:?}", Trap::UnreachableCodeReached)),
-            "unreachable_code_reached"
-        );
+        assert_eq!(snake_case(&format!("{:?}", Trap::UnreachableCodeReached)), "unreachable_code_reached");
         assert_eq!(snake_case(&format!("{:?}", Trap::StackOverflow)), "stack_overflow");
     }
 
     #[test]
     fn memory_is_counted_over_all_of_it() {
-        let mut limiter = Limiter {
-            memory_bytes: 3 << 16,
-            in_memory: 0,
-            in_tables: 0,
-        };
+        let mut limiter = Limiter { memory_bytes: 3 << 16, in_memory: 0, in_tables: 0 };
         assert!(limiter.memory_growing(0, 1 << 16, None).unwrap());
         assert!(limiter.memory_growing(0, 2 << 16, None).unwrap(), "a second memory");
         let error = limiter.memory_growing(2 << 16, 3 << 16, None).unwrap_err();
         assert_eq!(error.downcast_ref::<OutOfMemory>().unwrap().asked, 4 << 16);
-        assert!(
-            !limiter.memory_growing(0, 1 << 20, Some(1 << 16)).unwrap(),
-            "its own maximum"
-        );
+        assert!(!limiter.memory_growing(0, 1 << 20, Some(1 << 16)).unwrap(), "its own maximum");
     }
 
     #[test]
     fn tables_are_counted_over_all_of_them() {
-        let mut limiter = Limiter {
-            memory_bytes: 0,
-            in_memory: 0,
-            in_tables: 0,
-        };
+        let mut limiter = Limiter { memory_bytes: 0, in_memory: 0, in_tables: 0 };
         assert!(limiter.table_growing(0, MAX_TABLE_ELEMENTS, None).unwrap());
         assert!(!limiter.table_growing(0, 1, None).unwrap());
     }

@@ -74,9 +74,7 @@ impl Pollable for Stdin {
 impl InputStream for Stdin {
     fn read(&mut self, size: usize) -> StreamResult<Bytes> {
         let mut buffer = BytesMut::zeroed(size.min(MAX_READ));
-        let filled = self
-            .fill(&mut buffer)
-            .map_err(|error| StreamError::LastOperationFailed(error.into()))?;
+        let filled = self.fill(&mut buffer).map_err(|error| StreamError::LastOperationFailed(error.into()))?;
         if filled == 0 && size > 0 {
             return Err(StreamError::Closed);
         }

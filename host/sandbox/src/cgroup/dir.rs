@@ -14,10 +14,7 @@ use nix::unistd::{Pid, UnlinkatFlags, unlinkat};
 /// do not read it; 64 KiB hold the pids of some 8,000 processes.
 const MAX_CONTROL_FILE: u64 = 64 * 1024;
 
-const DIRECTORY: OFlag = OFlag::O_PATH
-    .union(OFlag::O_DIRECTORY)
-    .union(OFlag::O_NOFOLLOW)
-    .union(OFlag::O_CLOEXEC);
+const DIRECTORY: OFlag = OFlag::O_PATH.union(OFlag::O_DIRECTORY).union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
 
 /// An open cgroup directory.
 #[derive(Debug)]
@@ -93,19 +90,13 @@ impl Dir {
     /// Moves a process, all its threads, into this cgroup.
     pub(crate) fn attach(&self, pid: Pid) -> nix::Result<()> {
         let fd = self.open_file("cgroup.procs", OFlag::O_WRONLY)?;
-        File::from(fd)
-            .write_all(pid.to_string().as_bytes())
-            .map_err(|e| crate::sys::process::errno_of(&e))
+        File::from(fd).write_all(pid.to_string().as_bytes()).map_err(|e| crate::sys::process::errno_of(&e))
     }
 
     /// The processes in this cgroup, those below not counted.
     pub(crate) fn processes(&self) -> io::Result<Vec<Pid>> {
         let text = self.read("cgroup.procs")?;
-        Ok(text
-            .lines()
-            .filter_map(|line| line.parse().ok())
-            .map(Pid::from_raw)
-            .collect())
+        Ok(text.lines().filter_map(|line| line.parse().ok()).map(Pid::from_raw).collect())
     }
 
     /// A path that leads here in this process, for libraries that only take paths.
@@ -127,8 +118,7 @@ impl Dir {
 
 /// The number behind `key` in the `key value` lines of `text`.
 fn keyed(text: &str, key: &str) -> Option<u64> {
-    text.lines()
-        .find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok())
+    text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok())
 }
 
 impl AsFd for Dir {

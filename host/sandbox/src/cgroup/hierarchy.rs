@@ -75,11 +75,7 @@ impl Layout {
             let own_path = own[first].clone();
             let seen = v1.iter().any(|h| h.controllers == controllers);
             if let (false, Some(own_dir)) = (seen, mount.locate(&own_path)) {
-                v1.push(Hierarchy {
-                    controllers,
-                    own_dir,
-                    own_path,
-                });
+                v1.push(Hierarchy { controllers, own_dir, own_path });
             }
         }
         Ok(Self { v1, v2 })
@@ -115,11 +111,7 @@ impl CgroupMount {
 fn parse_mountinfo(text: &str) -> Result<Vec<CgroupMount>, LayoutError> {
     let mut mounts = Vec::new();
     for (index, line) in text.lines().enumerate() {
-        let malformed = |what| LayoutError::Malformed {
-            file: "mountinfo",
-            line: index + 1,
-            what,
-        };
+        let malformed = |what| LayoutError::Malformed { file: "mountinfo", line: index + 1, what };
         let (left, right) = line.split_once(" - ").ok_or(malformed("no separator"))?;
         let mut right = right.split(' ');
         let kind = right.next().ok_or(malformed("no file system type"))?;
@@ -145,11 +137,7 @@ fn parse_mountinfo(text: &str) -> Result<Vec<CgroupMount>, LayoutError> {
 fn parse_self_cgroup(text: &str) -> Result<BTreeMap<String, String>, LayoutError> {
     let mut own = BTreeMap::new();
     for (index, line) in text.lines().enumerate() {
-        let malformed = |what| LayoutError::Malformed {
-            file: "cgroup",
-            line: index + 1,
-            what,
-        };
+        let malformed = |what| LayoutError::Malformed { file: "cgroup", line: index + 1, what };
         let mut fields = line.splitn(3, ':');
         let (Some(_id), Some(controllers), Some(path)) = (fields.next(), fields.next(), fields.next()) else {
             return Err(malformed("fewer than three fields"));
@@ -253,10 +241,7 @@ mod tests {
     fn a_container_sees_its_part_of_the_hierarchy() {
         let mounts = "30 25 0:26 /docker/abc /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory\n";
         let inside = Layout::discover(mounts, "4:memory:/docker/abc/job\n").unwrap();
-        assert_eq!(
-            inside.v1_with("memory").unwrap().own_dir,
-            Path::new("/sys/fs/cgroup/memory/job")
-        );
+        assert_eq!(inside.v1_with("memory").unwrap().own_dir, Path::new("/sys/fs/cgroup/memory/job"));
         // the own cgroup lies outside of what is mounted: the hierarchy is out of reach
         let outside = Layout::discover(mounts, "4:memory:/elsewhere\n").unwrap();
         assert_eq!(outside.v1_with("memory"), None);

@@ -128,9 +128,7 @@ impl Plan {
         };
         let layout = Layout::discover(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?)?;
         let v2_controllers = match &layout.v2 {
-            Some(v2) => Dir::open(&v2.own_dir)
-                .map(|dir| v2::available(&dir))
-                .unwrap_or_default(),
+            Some(v2) => Dir::open(&v2.own_dir).map(|dir| v2::available(&dir)).unwrap_or_default(),
             None => Vec::new(),
         };
         Self::from_layout(layout, &v2_controllers)
@@ -179,11 +177,7 @@ impl Plan {
 
     /// The controllers that must be delegated along the v2 hierarchy.
     fn v2_delegation(&self) -> Vec<&'static str> {
-        Role::ALL
-            .into_iter()
-            .filter(|r| self.is_v2(*r))
-            .filter_map(Role::v2_controller)
-            .collect()
+        Role::ALL.into_iter().filter(|r| self.is_v2(*r)).filter_map(Role::v2_controller).collect()
     }
 
     /// The words "v1", "v2" or "hybrid" for what jobs will be limited by.
@@ -201,10 +195,7 @@ impl Plan {
     #[must_use]
     pub fn describe(&self) -> BTreeMap<&'static str, String> {
         let dir = |index: usize| self.hierarchies[index].own_dir.display().to_string();
-        Role::ALL
-            .into_iter()
-            .map(|role| (role.v1_name(), dir(self.roles[&role])))
-            .collect()
+        Role::ALL.into_iter().map(|role| (role.v1_name(), dir(self.roles[&role]))).collect()
     }
 }
 
@@ -232,10 +223,7 @@ impl Level {
 
     fn remove_below(&self, name: &str) -> nix::Result<()> {
         // every hierarchy is tried; the first refusal is reported
-        self.0
-            .iter()
-            .map(|parent| parent.remove(name))
-            .fold(Ok(()), Result::and)
+        self.0.iter().map(|parent| parent.remove(name)).fold(Ok(()), Result::and)
     }
 }
 
@@ -275,9 +263,7 @@ impl Tree {
         let base = Level(base);
         sweep(&base, &name);
         let first = &plan.hierarchies[0];
-        let root = base
-            .make_below(&name)
-            .map_err(|e| failed("make a directory in", first, e))?;
+        let root = base.make_below(&name).map_err(|e| failed("make a directory in", first, e))?;
         let delegation = plan.v2_delegation();
         if let (Some(v2), false) = (plan.v2, delegation.is_empty()) {
             let hierarchy = &plan.hierarchies[v2];
@@ -285,21 +271,12 @@ impl Tree {
                 v2::delegate(dir, &delegation).map_err(|e| failed("delegate the controllers of", hierarchy, e))?;
             }
         }
-        Ok(Self {
-            plan: Rc::new(plan),
-            base,
-            name,
-            root: Rc::new(root),
-            tenants: HashMap::new(),
-        })
+        Ok(Self { plan: Rc::new(plan), base, name, root: Rc::new(root), tenants: HashMap::new() })
     }
 
     /// A second set of descriptors on the same directories, for a process that outlives this one.
     pub(crate) fn remains(&self) -> Remains<'_> {
-        Remains {
-            base: &self.base,
-            name: &self.name,
-        }
+        Remains { base: &self.base, name: &self.name }
     }
 
     /// The tenant's cgroup, made if it is not there, under the given ceiling.
@@ -311,15 +288,7 @@ impl Tree {
             }
             let level = Rc::new(level);
             let ceiling = Ceiling::default();
-            self.tenants.insert(
-                name.clone(),
-                Tenant {
-                    level,
-                    ceiling,
-                    sandboxes: 0,
-                    idle_since: Instant::now(),
-                },
-            );
+            self.tenants.insert(name.clone(), Tenant { level, ceiling, sandboxes: 0, idle_since: Instant::now() });
         }
         let Some(tenant) = self.tenants.get_mut(name) else {
             return Err(Errno::ENOENT);
@@ -345,14 +314,7 @@ impl Tree {
         let level = entry.level.make_below(&name)?;
         entry.sandboxes += 1;
         let path = format!("/{}/{tenant}/{name}", self.name);
-        Ok(Leaf {
-            plan: self.plan.clone(),
-            parent: entry.level.clone(),
-            tenant: tenant.clone(),
-            name,
-            path,
-            level,
-        })
+        Ok(Leaf { plan: self.plan.clone(), parent: entry.level.clone(), tenant: tenant.clone(), name, path, level })
     }
 
     /// Removes the leaf's directories. `EBUSY` gives it back, to be tried again: the last task may still be on its
@@ -385,11 +347,7 @@ impl Tree {
                 }
             }
         });
-        self.tenants
-            .values()
-            .filter(|t| t.sandboxes == 0)
-            .map(|t| t.idle_since + TENANT_LINGER)
-            .min()
+        self.tenants.values().filter(|t| t.sandboxes == 0).map(|t| t.idle_since + TENANT_LINGER).min()
     }
 }
 
@@ -471,27 +429,15 @@ const NO_CEILING_PIDS: u32 = 1 << 22; // the kernel's PID_MAX_LIMIT
 const DEFAULT_WEIGHT: u32 = 100;
 
 fn limit_cpu(plan: &Plan, dir: &Dir, millicores: u32) -> nix::Result<()> {
-    if plan.is_v2(Role::Cpu) {
-        v2::limit_cpu(dir, millicores)
-    } else {
-        v1::limit_cpu(dir, millicores)
-    }
+    if plan.is_v2(Role::Cpu) { v2::limit_cpu(dir, millicores) } else { v1::limit_cpu(dir, millicores) }
 }
 
 fn weigh_cpu(plan: &Plan, dir: &Dir, weight: u32) -> nix::Result<()> {
-    if plan.is_v2(Role::Cpu) {
-        v2::weigh_cpu(dir, weight)
-    } else {
-        v1::weigh_cpu(dir, weight)
-    }
+    if plan.is_v2(Role::Cpu) { v2::weigh_cpu(dir, weight) } else { v1::weigh_cpu(dir, weight) }
 }
 
 fn limit_pids(plan: &Plan, dir: &Dir, pids: u32) -> nix::Result<()> {
-    if plan.is_v2(Role::Pids) {
-        v2::limit_pids(dir, pids)
-    } else {
-        v1::limit_pids(dir, pids)
-    }
+    if plan.is_v2(Role::Pids) { v2::limit_pids(dir, pids) } else { v1::limit_pids(dir, pids) }
 }
 
 /// The cgroup of one sandbox.
@@ -543,21 +489,13 @@ impl Leaf {
     /// Attaches `pid` in every hierarchy in which it was not born.
     pub(crate) fn attach(&self, pid: Pid) -> nix::Result<()> {
         let born = self.plan.v2;
-        self.level
-            .0
-            .iter()
-            .enumerate()
-            .filter(|(i, _)| Some(*i) != born)
-            .try_for_each(|(_, dir)| dir.attach(pid))
+        self.level.0.iter().enumerate().filter(|(i, _)| Some(*i) != born).try_for_each(|(_, dir)| dir.attach(pid))
     }
 
     /// Whether a process with this [`membership`] is in the leaf, in every hierarchy.
     pub(crate) fn holds(&self, membership: &BTreeMap<String, String>) -> bool {
         let in_leaf = |name: &str| membership.get(name).is_some_and(|path| path.ends_with(&self.path));
-        let v1 = Role::ALL
-            .into_iter()
-            .filter(|role| !self.plan.is_v2(*role))
-            .all(|role| in_leaf(role.v1_name()));
+        let v1 = Role::ALL.into_iter().filter(|role| !self.plan.is_v2(*role)).all(|role| in_leaf(role.v1_name()));
         v1 && (self.plan.v2.is_none() || in_leaf("unified"))
     }
 
@@ -575,22 +513,14 @@ impl Leaf {
     /// Processes that the OOM killer has taken in this leaf.
     pub(crate) fn oom_kills(&self) -> u64 {
         let memory = self.dir(Role::Memory);
-        let kills = if self.plan.is_v2(Role::Memory) {
-            v2::oom_kills(memory)
-        } else {
-            v1::oom_kills(memory)
-        };
+        let kills = if self.plan.is_v2(Role::Memory) { v2::oom_kills(memory) } else { v1::oom_kills(memory) };
         kills.unwrap_or(0)
     }
 
     /// CPU time used so far.
     pub(crate) fn cpu_used(&self) -> Option<Duration> {
         let cpuacct = self.dir(Role::Cpuacct);
-        let us = if self.plan.is_v2(Role::Cpuacct) {
-            v2::cpu_total(cpuacct)
-        } else {
-            v1::cpu_total(cpuacct)
-        };
+        let us = if self.plan.is_v2(Role::Cpuacct) { v2::cpu_total(cpuacct) } else { v1::cpu_total(cpuacct) };
         us.map(Duration::from_micros)
     }
 
@@ -599,30 +529,14 @@ impl Leaf {
         let (cpu, cpuacct) = (self.dir(Role::Cpu), self.dir(Role::Cpuacct));
         let (memory, pids) = (self.dir(Role::Memory), self.dir(Role::Pids));
         let v2 = |role| self.plan.is_v2(role);
-        let (user, system) = if v2(Role::Cpuacct) {
-            v2::cpu_times(cpuacct)
-        } else {
-            v1::cpu_times(cpuacct)
-        };
-        let peak = if v2(Role::Pids) {
-            v2::pids_peak(pids)
-        } else {
-            v1::pids_peak(pids)
-        };
+        let (user, system) = if v2(Role::Cpuacct) { v2::cpu_times(cpuacct) } else { v1::cpu_times(cpuacct) };
+        let peak = if v2(Role::Pids) { v2::pids_peak(pids) } else { v1::pids_peak(pids) };
         Usage {
             wall_us: 0,
             cpu_user_us: user,
             cpu_system_us: system,
-            cpu_throttled_us: if v2(Role::Cpu) {
-                v2::cpu_throttled(cpu)
-            } else {
-                v1::cpu_throttled(cpu)
-            },
-            memory_peak_bytes: if v2(Role::Memory) {
-                v2::memory_peak(memory)
-            } else {
-                v1::memory_peak(memory)
-            },
+            cpu_throttled_us: if v2(Role::Cpu) { v2::cpu_throttled(cpu) } else { v1::cpu_throttled(cpu) },
+            memory_peak_bytes: if v2(Role::Memory) { v2::memory_peak(memory) } else { v1::memory_peak(memory) },
             pids_peak: peak.map(|peak| peak.saturating_sub(u64::from(own_pids))),
             oom_kills: self.oom_kills(),
         }
@@ -656,20 +570,14 @@ mod tests {
 
     fn hierarchy(controllers: &[&str], dir: &str) -> Hierarchy {
         let controllers = controllers.iter().map(|c| (*c).to_owned()).collect();
-        Hierarchy {
-            controllers,
-            own_dir: dir.into(),
-            own_path: "/".into(),
-        }
+        Hierarchy { controllers, own_dir: dir.into(), own_path: "/".into() }
     }
 
     #[test]
     fn hybrid_limits_by_v1_and_kills_by_v2() {
         let v1 = ["cpu", "cpuacct", "memory", "pids", "freezer", "blkio"];
-        let layout = Layout {
-            v1: v1.iter().map(|c| hierarchy(&[c], c)).collect(),
-            v2: Some(hierarchy(&[], "unified")),
-        };
+        let layout =
+            Layout { v1: v1.iter().map(|c| hierarchy(&[c], c)).collect(), v2: Some(hierarchy(&[], "unified")) };
         let plan = Plan::from_layout(layout, &[]).unwrap();
         assert_eq!(plan.version(), "hybrid");
         assert_eq!(plan.hierarchies.len(), 6, "five for the roles, blkio for none, and v2");
@@ -680,10 +588,7 @@ mod tests {
     #[test]
     fn co_mounted_controllers_share_a_directory() {
         let layout = Layout {
-            v1: vec![
-                hierarchy(&["cpu", "cpuacct"], "a"),
-                hierarchy(&["memory", "pids", "freezer"], "b"),
-            ],
+            v1: vec![hierarchy(&["cpu", "cpuacct"], "a"), hierarchy(&["memory", "pids", "freezer"], "b")],
             v2: None,
         };
         let plan = Plan::from_layout(layout, &[]).unwrap();
@@ -693,10 +598,7 @@ mod tests {
     #[test]
     fn v2_delegates_what_it_limits() {
         let controllers: Vec<String> = ["cpuset", "cpu", "io", "memory", "pids"].map(String::from).into();
-        let layout = Layout {
-            v1: vec![],
-            v2: Some(hierarchy(&[], "u")),
-        };
+        let layout = Layout { v1: vec![], v2: Some(hierarchy(&[], "u")) };
         let plan = Plan::from_layout(layout, &controllers).unwrap();
         assert_eq!((plan.version(), plan.hierarchies.len()), ("v2", 1));
         assert_eq!(plan.v2_delegation(), ["cpu", "memory", "pids"]);
@@ -704,16 +606,10 @@ mod tests {
 
     #[test]
     fn every_missing_controller_is_named_at_once() {
-        let layout = Layout {
-            v1: vec![],
-            v2: Some(hierarchy(&[], "u")),
-        };
+        let layout = Layout { v1: vec![], v2: Some(hierarchy(&[], "u")) };
         let error = Plan::from_layout(layout, &["cpu".to_owned()]).unwrap_err();
         assert!(matches!(error, CgroupError::Missing(roles) if roles == [Role::Memory, Role::Pids]));
-        let layout = Layout {
-            v1: vec![hierarchy(&["memory"], "m")],
-            v2: None,
-        };
+        let layout = Layout { v1: vec![hierarchy(&["memory"], "m")], v2: None };
         let error = Plan::from_layout(layout, &[]).unwrap_err();
         assert!(matches!(error, CgroupError::Missing(roles) if roles.len() == 4));
     }
@@ -722,12 +618,7 @@ mod tests {
     fn membership_names_the_controllers_that_limit() {
         let text = "9:name=systemd:/\n5:cpu,cpuacct:/h/t/l\n4:memory:/x\n1:blkio:/\n0::/h/t/l\n";
         let paths = membership(text);
-        let expected = [
-            ("cpu", "/h/t/l"),
-            ("cpuacct", "/h/t/l"),
-            ("memory", "/x"),
-            ("unified", "/h/t/l"),
-        ];
+        let expected = [("cpu", "/h/t/l"), ("cpuacct", "/h/t/l"), ("memory", "/x"), ("unified", "/h/t/l")];
         assert_eq!(paths, expected.map(|(k, v)| (k.to_owned(), v.to_owned())).into());
     }
 }

@@ -30,11 +30,7 @@ pub(super) fn limit_memory(dir: &Dir, bytes: u64) -> nix::Result<()> {
         Err(Errno::ENOENT) => {}
         other => other?,
     }
-    if raising {
-        errno(memory.set_limit(bytes))
-    } else {
-        Ok(())
-    }
+    if raising { errno(memory.set_limit(bytes)) } else { Ok(()) }
 }
 
 pub(super) fn limit_cpu(dir: &Dir, millicores: u32) -> nix::Result<()> {
@@ -58,10 +54,7 @@ pub(super) fn limit_pids(dir: &Dir, pids: u32) -> nix::Result<()> {
 pub(super) fn watch_oom(dir: &Dir) -> nix::Result<OwnedFd> {
     let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
     let control = dir.open_file("memory.oom_control", OFlag::O_RDONLY)?;
-    dir.write(
-        "cgroup.event_control",
-        &format!("{} {}", event.as_raw_fd(), control.as_raw_fd()),
-    )?;
+    dir.write("cgroup.event_control", &format!("{} {}", event.as_raw_fd(), control.as_raw_fd()))?;
     Ok(event.into())
 }
 
@@ -93,10 +86,7 @@ pub(super) fn cpu_times(cpuacct: &Dir) -> (Option<u64>, Option<u64>) {
 fn divide(total: u64, user: u64, system: u64) -> (u64, u64) {
     let (total_wide, user_wide) = (u128::from(total), u128::from(user));
     let sum = user_wide + u128::from(system);
-    let user = (total_wide * user_wide)
-        .checked_div(sum)
-        .and_then(|part| u64::try_from(part).ok())
-        .unwrap_or(0);
+    let user = (total_wide * user_wide).checked_div(sum).and_then(|part| u64::try_from(part).ok()).unwrap_or(0);
     (user, total - user)
 }
 

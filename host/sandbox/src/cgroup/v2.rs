@@ -56,10 +56,7 @@ pub(super) fn pids_peak(dir: &Dir) -> Option<u64> {
 
 /// User and system time in microseconds.
 pub(super) fn cpu_times(dir: &Dir) -> (Option<u64>, Option<u64>) {
-    (
-        dir.keyed_number("cpu.stat", "user_usec"),
-        dir.keyed_number("cpu.stat", "system_usec"),
-    )
+    (dir.keyed_number("cpu.stat", "user_usec"), dir.keyed_number("cpu.stat", "system_usec"))
 }
 
 /// All CPU time in microseconds.

@@ -39,14 +39,7 @@ pub(crate) fn become_job_user() -> nix::Result<()> {
 pub(crate) fn set_rlimits(spec: &SandboxSpec) -> nix::Result<()> {
     let files = u64::from(spec.limits.open_files);
     let limits = [
-        (
-            Resource::RLIMIT_NOFILE,
-            if spec.kind == Kind::Wasm {
-                files + RUNTIME_FILES
-            } else {
-                files
-            },
-        ),
+        (Resource::RLIMIT_NOFILE, if spec.kind == Kind::Wasm { files + RUNTIME_FILES } else { files }),
         (Resource::RLIMIT_CORE, 0),
         (Resource::RLIMIT_MEMLOCK, 64 * 1024),
         (Resource::RLIMIT_MSGQUEUE, 0),

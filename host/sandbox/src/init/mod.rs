@@ -60,31 +60,13 @@ struct Confined<'a> {
 /// Runs a cloned child to its end. Never returns, whatever happens: the code that called `clone3` belongs to the
 /// launcher alone.
 pub(crate) fn enter(birth: Birth, proof: &SingleThreaded, workload: &dyn Workload) -> ! {
-    let Birth {
-        spec,
-        filters,
-        gate,
-        channel,
-        artifact,
-        dev,
-        null,
-    } = birth;
+    let Birth { spec, filters, gate, channel, artifact, dev, null } = birth;
     let mut gate = Some(gate);
-    let child = Child {
-        spec,
-        filters,
-        channel,
-        artifact,
-        dev,
-        null,
-    };
+    let child = Child { spec, filters, channel, artifact, dev, null };
     let outcome = catch_unwind(AssertUnwindSafe(|| run(child, &mut gate, proof, workload)));
     let failure = match outcome {
         Ok(Err(failure)) => failure,
-        Err(_) => LaunchError {
-            step: Step::Panic,
-            errno: Errno::ENOTRECOVERABLE as i32,
-        },
+        Err(_) => LaunchError { step: Step::Panic, errno: Errno::ENOTRECOVERABLE as i32 },
     };
     if let Some(gate) = gate {
         // should the launcher be gone, nobody needs to know
@@ -110,14 +92,7 @@ fn run(
     proof: &SingleThreaded,
     workload: &dyn Workload,
 ) -> Result<Infallible, LaunchError> {
-    let Child {
-        spec,
-        filters,
-        channel,
-        artifact,
-        dev,
-        null,
-    } = child;
+    let Child { spec, filters, channel, artifact, dev, null } = child;
     let gate = gate_slot.as_ref().ok_or(Errno::EBADF).at(Step::WaitGate)?;
     let mut keep = vec![gate.0.as_fd(), channel.as_fd(), artifact.as_fd(), null.as_fd()];
     keep.extend(dev.as_ref().map(AsFd::as_fd));
@@ -189,20 +164,13 @@ fn give_up_privilege(spec: &SandboxSpec, filters: &Filters) -> Result<(), Launch
 /// Waits for the server to send the job, and puts its streams in place. The only way on from [`Confined`].
 fn receive_job(confined: Confined<'_>) -> Result<Job, LaunchError> {
     let Confined { gate_slot, channel } = confined;
-    let received = channel
-        .recv(|_: &JobMessage| 3)
-        .map_err(|_| Errno::EPROTO)
-        .at(Step::ReceiveJob)?;
+    let received = channel.recv(|_: &JobMessage| 3).map_err(|_| Errno::EPROTO).at(Step::ReceiveJob)?;
     let [stdin, stdout, stderr] = &received.fds[..] else {
         return Err(Errno::EPROTO).at(Step::ReceiveJob);
     };
     place_stdio([stdin, stdout, stderr]).at(Step::PlaceStdio)?;
     let gate = gate_slot.take().ok_or(Errno::EBADF).at(Step::ReceiveJob)?;
-    Ok(Job {
-        payload: received.value.payload,
-        channel,
-        started: Started(gate),
-    })
+    Ok(Job { payload: received.value.payload, channel, started: Started(gate) })
 }
 
 fn place_stdio([stdin, stdout, stderr]: [&OwnedFd; 3]) -> nix::Result<()> {

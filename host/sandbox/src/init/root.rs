@@ -39,14 +39,8 @@ const ROOT_OVERHEAD_BYTES: u64 = 64 * 1024;
 const ROOT_INODES: &CStr = c"32";
 
 /// The devices of `/dev`: name, major, minor. The six that every container runtime has.
-pub(crate) const DEVICES: [(&str, u64, u64); 6] = [
-    ("null", 1, 3),
-    ("zero", 1, 5),
-    ("full", 1, 7),
-    ("random", 1, 8),
-    ("urandom", 1, 9),
-    ("tty", 5, 0),
-];
+pub(crate) const DEVICES: [(&str, u64, u64); 6] =
+    [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
 
 /// Symbolic links of `/dev`, by convention; `shm` makes POSIX shared memory part of the sized `/tmp`.
 const DEV_LINKS: [(&str, &str); 5] = [
@@ -64,19 +58,8 @@ pub(crate) fn make_dev() -> nix::Result<OwnedFd> {
     let options = [(c"size", c"4k"), (c"nr_inodes", c"16"), (c"mode", c"0755")];
     let dev = new_mount(c"tmpfs", &options, MountAttr::NOSUID | MountAttr::NOEXEC)?;
     for (name, major, minor) in DEVICES {
-        mknodat(
-            &dev,
-            name,
-            SFlag::S_IFCHR,
-            Mode::from_bits_truncate(0o666),
-            makedev(major, minor),
-        )?;
-        fchmodat(
-            &dev,
-            name,
-            Mode::from_bits_truncate(0o666),
-            nix::sys::stat::FchmodatFlags::FollowSymlink,
-        )?;
+        mknodat(&dev, name, SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(major, minor))?;
+        fchmodat(&dev, name, Mode::from_bits_truncate(0o666), nix::sys::stat::FchmodatFlags::FollowSymlink)?;
     }
     for (name, target) in DEV_LINKS {
         symlinkat(target, &dev, name)?;
@@ -107,17 +90,9 @@ pub(crate) fn enter(spec: &SandboxSpec, program: BorrowedFd<'_>, dev: Option<&Ow
 
 fn make_root(spec: &SandboxSpec, program: BorrowedFd<'_>) -> Result<OwnedFd, LaunchError> {
     let native = spec.kind == Kind::Native;
-    let program_bytes = if native {
-        program_size(program).at(Step::CopyProgram)?
-    } else {
-        0
-    };
+    let program_bytes = if native { program_size(program).at(Step::CopyProgram)? } else { 0 };
     let size = decimal(program_bytes + ROOT_OVERHEAD_BYTES).at(Step::MakeRoot)?;
-    let options = [
-        (c"size", size.as_c_str()),
-        (c"nr_inodes", ROOT_INODES),
-        (c"mode", c"0755"),
-    ];
+    let options = [(c"size", size.as_c_str()), (c"nr_inodes", ROOT_INODES), (c"mode", c"0755")];
     let mut attr = MountAttr::NOSUID | MountAttr::NODEV;
     if !native {
         attr = attr | MountAttr::NOEXEC;
@@ -152,11 +127,7 @@ fn make_tmp(spec: &SandboxSpec) -> nix::Result<OwnedFd> {
         (c"uid", id.as_c_str()),
         (c"gid", id.as_c_str()),
     ];
-    new_mount(
-        c"tmpfs",
-        &options,
-        MountAttr::NOSUID | MountAttr::NODEV | MountAttr::NOEXEC,
-    )
+    new_mount(c"tmpfs", &options, MountAttr::NOSUID | MountAttr::NODEV | MountAttr::NOEXEC)
 }
 
 /// The size of the program, which must be a regular file: the descriptor comes from the unprivileged server.
@@ -171,17 +142,11 @@ fn program_size(program: BorrowedFd<'_>) -> nix::Result<u64> {
 /// Copies the program within the kernel, so that it is charged to the job as tmpfs pages only. The job gets a copy
 /// of its own: an inode shared between jobs could be locked, and a page-cache bug would reach all of them.
 fn copy_program(program: BorrowedFd<'_>, copy: &OwnedFd, bytes: u64) -> nix::Result<()> {
-    let source = File::from(
-        program
-            .try_clone_to_owned()
-            .map_err(|e| crate::sys::process::errno_of(&e))?,
-    );
+    let source = File::from(program.try_clone_to_owned().map_err(|e| crate::sys::process::errno_of(&e))?);
     let mut buffer = vec![0; 128 * 1024];
     let mut at = 0;
     while at < bytes {
-        let n = source
-            .read_at(&mut buffer, at)
-            .map_err(|e| crate::sys::process::errno_of(&e))?;
+        let n = source.read_at(&mut buffer, at).map_err(|e| crate::sys::process::errno_of(&e))?;
         if n == 0 {
             return Err(Errno::EIO); // shorter than it said
         }
@@ -209,11 +174,7 @@ fn pivot(root: &OwnedFd) -> nix::Result<()> {
     chdir("/")?;
     // the working directory must be the new root itself, not a directory of a mount that is gone (CVE-2024-21626)
     let (here, there) = (nix::sys::stat::stat(".")?, fstat(root)?);
-    if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino) {
-        Ok(())
-    } else {
-        Err(Errno::ESTALE)
-    }
+    if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino) { Ok(()) } else { Err(Errno::ESTALE) }
 }
 
 fn decimal(number: u64) -> nix::Result<CString> {

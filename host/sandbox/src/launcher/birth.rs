@@ -45,11 +45,7 @@ impl Launcher<'_> {
             .tenant(&spec.tenant, spec.ceiling)
             .at(Step::TenantCgroup)
             .inspect_err(|_| self.uids.give_back(&ids))?;
-        let leaf = match self
-            .tree
-            .leaf(&spec.tenant, format!("sandbox-{}", id.0))
-            .at(Step::CreateCgroup)
-        {
+        let leaf = match self.tree.leaf(&spec.tenant, format!("sandbox-{}", id.0)).at(Step::CreateCgroup) {
             Ok(leaf) => leaf,
             Err(error) => {
                 self.uids.give_back(&ids);
@@ -83,30 +79,14 @@ impl Launcher<'_> {
     ) -> Result<Newborn, LaunchError> {
         leaf.limit(&spec).at(Step::LimitCgroup)?;
         let oom = leaf.watch_oom().at(Step::WatchOom)?;
-        let dev = if spec.kind == Kind::Native {
-            Some(root::make_dev().at(Step::MakeDev)?)
-        } else {
-            None
-        };
+        let dev = if spec.kind == Kind::Native { Some(root::make_dev().at(Step::MakeDev)?) } else { None };
         let (gate, sandbox_gate) = gate::pair().at(Step::MakeGate)?;
         let null = self.null.try_clone().at(Step::MakeGate)?;
-        let filters = self
-            .filters
-            .entry(spec.kind)
-            .or_insert_with(|| Rc::new(Filters::compile(spec.kind)))
-            .clone();
+        let filters = self.filters.entry(spec.kind).or_insert_with(|| Rc::new(Filters::compile(spec.kind))).clone();
         // everything that can fail for want of descriptors is done before there is a process to get rid of
         match clone3(&self.proof, NAMESPACES, leaf.birthplace()).at(Step::Clone)? {
             Cloned::Child => {
-                let birth = Birth {
-                    spec,
-                    filters,
-                    gate: sandbox_gate,
-                    channel,
-                    artifact,
-                    dev,
-                    null,
-                };
+                let birth = Birth { spec, filters, gate: sandbox_gate, channel, artifact, dev, null };
                 init::enter(birth, &self.proof, self.workload)
             }
             Cloned::Parent { pid, pidfd } => {
@@ -120,28 +100,14 @@ impl Launcher<'_> {
                         None => Ok(()),
                     })
                     .and_then(|()| gate.open().at(Step::OpenGate));
-                Ok(Newborn {
-                    spec,
-                    pid,
-                    pidfd,
-                    gate,
-                    oom,
-                    ready,
-                })
+                Ok(Newborn { spec, pid, pidfd, gate, oom, ready })
             }
         }
     }
 
     /// Takes a cloned process into the books; one that could not be readied is killed, and told of when it is dead.
     fn adopt(&mut self, id: SandboxId, newborn: Newborn, leaf: Leaf, ids: JobIds) {
-        let Newborn {
-            spec,
-            pid,
-            pidfd,
-            gate,
-            oom,
-            ready,
-        } = newborn;
+        let Newborn { spec, pid, pidfd, gate, oom, ready } = newborn;
         let live = Live {
             spec,
             pid,
@@ -179,10 +145,7 @@ struct Newborn {
 fn map_ids(pid: Pid, ids: &JobIds) -> std::io::Result<()> {
     let map = format!("0 {} {IDS_PER_JOB}\n", ids.first);
     for file in ["uid_map", "gid_map"] {
-        fs::OpenOptions::new()
-            .write(true)
-            .open(format!("/proc/{pid}/{file}"))?
-            .write_all(map.as_bytes())?;
+        fs::OpenOptions::new().write(true).open(format!("/proc/{pid}/{file}"))?.write_all(map.as_bytes())?;
     }
     Ok(())
 }

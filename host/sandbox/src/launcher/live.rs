@@ -86,13 +86,7 @@ impl Launcher<'_> {
                 Ok((FromSandbox::Exited(exit), _)) if live.stage != Stage::Entering => live.told = Some(exit),
                 Ok((FromSandbox::Failed(error), _)) => self.fail(id, error),
                 Ok(_) | Err(RecvError::Malformed) => {
-                    self.fail(
-                        id,
-                        LaunchError {
-                            step: Step::ReportReady,
-                            errno: Errno::EPROTO as i32,
-                        },
-                    );
+                    self.fail(id, LaunchError { step: Step::ReportReady, errno: Errno::EPROTO as i32 });
                     return;
                 }
                 Err(RecvError::Empty) => return,
@@ -111,10 +105,7 @@ impl Launcher<'_> {
             Ok(isolation) => {
                 live.stage = Stage::Waiting;
                 self.set_alarm(id, None);
-                self.outbox.send(FromLauncher::Ready {
-                    id,
-                    isolation: Box::new(isolation),
-                });
+                self.outbox.send(FromLauncher::Ready { id, isolation: Box::new(isolation) });
             }
             Err(error) => self.fail(id, error),
         }
@@ -167,13 +158,7 @@ impl Launcher<'_> {
             self.set_alarm(id, None);
             match self.live.get(&id).map(|live| live.stage) {
                 Some(Stage::Entering) => {
-                    self.fail(
-                        id,
-                        LaunchError {
-                            step: Step::BecomeReady,
-                            errno: Errno::ETIMEDOUT as i32,
-                        },
-                    );
+                    self.fail(id, LaunchError { step: Step::BecomeReady, errno: Errno::ETIMEDOUT as i32 });
                 }
                 Some(Stage::Running(_)) => self.keep_time(id, now),
                 Some(Stage::Waiting) | None => {}
@@ -227,10 +212,7 @@ impl Launcher<'_> {
         let Some(live) = self.live.remove(&id) else { return };
         let message = match live.failure {
             Some(error) => FromLauncher::Refused { id, error },
-            None => FromLauncher::Ended {
-                id,
-                report: report(&live, status),
-            },
+            None => FromLauncher::Ended { id, report: report(&live, status) },
         };
         self.outbox.send(message);
         self.uids.give_back(&live.ids);
@@ -253,10 +235,5 @@ fn report(live: &Live, status: Exit) -> SandboxReport {
     };
     // an OOM kill that ended the job before anybody was woken is one all the same
     let killed = live.killed.or((usage.oom_kills > 0).then_some(KillCause::Memory));
-    SandboxReport {
-        exit: live.told.unwrap_or(status),
-        killed,
-        started,
-        usage,
-    }
+    SandboxReport { exit: live.told.unwrap_or(status), killed, started, usage }
 }

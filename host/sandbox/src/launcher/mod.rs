@@ -98,8 +98,7 @@ impl Launcher<'_> {
     /// Serves until the server's end of the socket is closed, then until every sandbox is dead.
     fn run(&mut self) -> nix::Result<()> {
         let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP;
-        self.epoll
-            .add(self.outbox.socket(), EpollEvent::new(flags, Source::Server.token()))?;
+        self.epoll.add(self.outbox.socket(), EpollEvent::new(flags, Source::Server.token()))?;
         let mut buffer = vec![0; MAX_PACKET];
         while self.step(&mut buffer)? {}
         self.end()

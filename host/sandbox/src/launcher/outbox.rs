@@ -27,12 +27,7 @@ pub(super) struct Outbox {
 impl Outbox {
     /// `packets` must be non-blocking.
     pub(super) fn new(packets: Packets) -> Self {
-        Self {
-            packets,
-            waiting: VecDeque::new(),
-            armed: false,
-            broken: false,
-        }
+        Self { packets, waiting: VecDeque::new(), armed: false, broken: false }
     }
 
     pub(super) fn packets(&self) -> &Packets {
@@ -73,10 +68,7 @@ impl Outbox {
         if wanted {
             flags |= EpollFlags::EPOLLOUT;
         }
-        epoll.modify(
-            self.packets.as_fd(),
-            &mut EpollEvent::new(flags, Source::Server.token()),
-        )?;
+        epoll.modify(self.packets.as_fd(), &mut EpollEvent::new(flags, Source::Server.token()))?;
         self.armed = wanted;
         Ok(())
     }

@@ -72,10 +72,7 @@ impl Place {
 /// Those of making the socket, of cloning the mount (`EPERM` without `CAP_SYS_ADMIN`), and of the exec.
 pub fn spawn(argv0: &str) -> io::Result<(Packets, Child)> {
     let program = clone_mount(AT_FDCWD, c"/proc/self/exe")?;
-    restrict(
-        program.as_fd(),
-        MountAttr::RDONLY | MountAttr::NOSUID | MountAttr::NODEV,
-    )?;
+    restrict(program.as_fd(), MountAttr::RDONLY | MountAttr::NOSUID | MountAttr::NODEV)?;
     let (ours, theirs) = Packets::pair()?;
     let child = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()))
         .arg0(argv0)
@@ -110,16 +107,8 @@ pub fn launcher_main(workload: &dyn Workload) -> i32 {
     match settle(proof, workload, outbox, foundation) {
         Ok(mut launcher) => {
             launcher.outbox.send(FromLauncher::Up { cgroup_version });
-            let result = launcher
-                .outbox
-                .packets()
-                .set_nonblocking()
-                .map_err(|e| crate::sys::process::errno_of(&e));
-            if result.and_then(|()| launcher.run()).is_ok() {
-                0
-            } else {
-                71
-            }
+            let result = launcher.outbox.packets().set_nonblocking().map_err(|e| crate::sys::process::errno_of(&e));
+            if result.and_then(|()| launcher.run()).is_ok() { 0 } else { 71 }
         }
         Err((mut outbox, problem)) => {
             outbox.send(FromLauncher::Unable(vec![problem]));
@@ -151,32 +140,16 @@ struct Foundation {
 fn lay_foundation(config: &LauncherConfig) -> Result<Foundation, Vec<String>> {
     let mut problems = Vec::new();
     if config.version != VERSION {
-        problems.push(format!(
-            "the server speaks version {} of the launcher's protocol, not {VERSION}",
-            config.version
-        ));
+        problems
+            .push(format!("the server speaks version {} of the launcher's protocol, not {VERSION}", config.version));
     }
-    let uids = UidPool::claim(&config.lock_dir)
-        .map_err(|error| problems.push(words(&error)))
-        .ok();
-    let plan = Plan::for_this_process()
-        .map_err(|error| problems.push(words(&error)))
-        .ok();
+    let uids = UidPool::claim(&config.lock_dir).map_err(|error| problems.push(words(&error))).ok();
+    let plan = Plan::for_this_process().map_err(|error| problems.push(words(&error))).ok();
     let version = plan.as_ref().map(Plan::version);
-    let make = |plan| {
-        Tree::make(plan, config.instance.as_str())
-            .map_err(|error| problems.push(words(&error)))
-            .ok()
-    };
+    let make = |plan| Tree::make(plan, config.instance.as_str()).map_err(|error| problems.push(words(&error))).ok();
     let tree = plan.and_then(make);
-    let null = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/null")
-        .map(OwnedFd::from);
-    let null = null
-        .map_err(|error| problems.push(format!("open `/dev/null`: {error}")))
-        .ok();
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null").map(OwnedFd::from);
+    let null = null.map_err(|error| problems.push(format!("open `/dev/null`: {error}"))).ok();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     match (uids, version, tree, null) {
         (Some(uids), Some(cgroup_version), Some(tree), Some(null)) if problems.is_empty() => Ok(Foundation {
@@ -208,13 +181,7 @@ fn settle<'w>(
     outbox: Outbox,
     foundation: Foundation,
 ) -> Result<Launcher<'w>, (Outbox, String)> {
-    let Foundation {
-        uids,
-        tree,
-        null,
-        host_millicores,
-        ..
-    } = foundation;
+    let Foundation { uids, tree, null, host_millicores, .. } = foundation;
     let prepared = (|| -> Result<(Namespaces, Epoll, Sweeper), String> {
         let fail = |what: &'static str| move |error: nix::errno::Errno| format!("{what}: {}", error.desc());
         // a terminal's Ctrl-C is for the server, which then ends us in order
@@ -235,11 +202,7 @@ fn settle<'w>(
         Ok((own_namespaces, epoll, sweeper)) => Ok(Launcher {
             proof,
             workload,
-            place: Place {
-                own_namespaces,
-                host_millicores,
-                sweeper: Some(sweeper),
-            },
+            place: Place { own_namespaces, host_millicores, sweeper: Some(sweeper) },
             outbox,
             epoll,
             tree,
@@ -261,11 +224,7 @@ fn leave_mounts() -> nix::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     make_all_private()?;
     let options = [(c"size", c"4k"), (c"nr_inodes", c"8"), (c"mode", c"0755")];
-    let home = new_mount(
-        c"tmpfs",
-        &options,
-        MountAttr::NOSUID | MountAttr::NODEV | MountAttr::NOEXEC,
-    )?;
+    let home = new_mount(c"tmpfs", &options, MountAttr::NOSUID | MountAttr::NODEV | MountAttr::NOEXEC)?;
     mkdirat(&home, "proc", Mode::from_bits_truncate(0o555))?;
     mkdirat(&home, "new", Mode::from_bits_truncate(0o755))?;
     // any directory serves to attach it, as all is left behind at once: the working directory of a server is `/`
@@ -290,10 +249,8 @@ fn keep_few_capabilities() -> Result<(), caps::errors::CapsError> {
     }
     caps::clear(None, CapSet::Ambient)?;
     caps::clear(None, CapSet::Inheritable)?;
-    let kept: caps::CapsHashSet = caps::read(None, CapSet::Permitted)?
-        .into_iter()
-        .filter(|capability| KEPT.contains(capability))
-        .collect();
+    let kept: caps::CapsHashSet =
+        caps::read(None, CapSet::Permitted)?.into_iter().filter(|capability| KEPT.contains(capability)).collect();
     caps::set(None, CapSet::Effective, &kept)?;
     caps::set(None, CapSet::Permitted, &kept)
 }

@@ -20,11 +20,7 @@ use crate::usage::{Isolation, Namespaces};
 pub(super) fn read_back(host: &Namespaces, live: &Live, pid: Pid) -> Result<Isolation, LaunchError> {
     let namespaces = namespaces_of(pid).at(Step::VerifyNamespaces)?;
     let init_namespaces = namespaces_of(live.pid).at(Step::VerifyNamespaces)?;
-    let fresh = namespaces
-        .named()
-        .iter()
-        .zip(host.named())
-        .all(|(own, host)| own.1 != host.1);
+    let fresh = namespaces.named().iter().zip(host.named()).all(|(own, host)| own.1 != host.1);
     // the pid came from the sandbox: only that it lives in the child's own namespaces makes it the sandbox's
     require(fresh && namespaces == init_namespaces, Step::VerifyNamespaces)?;
 
@@ -39,20 +35,10 @@ pub(super) fn read_back(host: &Namespaces, live: &Live, pid: Pid) -> Result<Isol
     }
 
     let host_id = live.ids.first + JOB_ID;
-    require(
-        status.only_id("Uid", host_id) && status.only_id("Gid", host_id),
-        Step::VerifyIds,
-    )?;
+    require(status.only_id("Uid", host_id) && status.only_id("Gid", host_id), Step::VerifyIds)?;
     require(status.field("Groups").is_empty(), Step::VerifyIds)?;
-    let uid_map = read(pid, "uid_map")
-        .at(Step::VerifyIds)?
-        .split_whitespace()
-        .collect::<Vec<_>>()
-        .join(" ");
-    require(
-        uid_map == format!("0 {} {IDS_PER_JOB}", live.ids.first),
-        Step::VerifyIds,
-    )?;
+    let uid_map = read(pid, "uid_map").at(Step::VerifyIds)?.split_whitespace().collect::<Vec<_>>().join(" ");
+    require(uid_map == format!("0 {} {IDS_PER_JOB}", live.ids.first), Step::VerifyIds)?;
 
     let cgroups = membership(&read(pid, "cgroup").at(Step::VerifyCgroup)?);
     require(live.leaf.holds(&cgroups), Step::VerifyCgroup)?;
@@ -107,11 +93,7 @@ impl Status {
 
     fn parse(text: &str) -> Self {
         let fields = text.lines().filter_map(|line| line.split_once(':'));
-        Self(
-            fields
-                .map(|(key, value)| (key.to_owned(), value.trim().to_owned()))
-                .collect(),
-        )
+        Self(fields.map(|(key, value)| (key.to_owned(), value.trim().to_owned())).collect())
     }
 
     fn field(&self, key: &str) -> &str {
@@ -124,9 +106,7 @@ impl Status {
     }
 
     fn capabilities(&self) -> u64 {
-        ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"]
-            .iter()
-            .fold(0, |all, set| all | self.number(set, 16))
+        ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"].iter().fold(0, |all, set| all | self.number(set, 16))
     }
 
     /// No capability, `no_new_privs`, and seccomp in filter mode with at least `filters` filters.
@@ -180,10 +160,7 @@ Seccomp_filters:\t2
             ("Seccomp_filters:\t2", "Seccomp_filters:\t1"),
         ];
         for (from, to) in weaker {
-            assert!(
-                !Status::parse(&CONFINED.replacen(from, to, 1)).confined(2),
-                "{from} -> {to:?}"
-            );
+            assert!(!Status::parse(&CONFINED.replacen(from, to, 1)).confined(2), "{from} -> {to:?}");
         }
         assert!(!Status::parse(&CONFINED.replacen("1879048193", "0", 1)).only_id("Uid", 1_879_048_193));
         assert!(!Status::parse("").only_id("Uid", 0));

@@ -39,16 +39,8 @@ pub(crate) fn new_mount(kind: &CStr, options: &[(&CStr, &CStr)], attr: MountAttr
 fn fsconfig(context: &OwnedFd, command: libc::c_uint, key: Option<&CStr>, value: Option<&CStr>) -> nix::Result<()> {
     let pointer = |s: Option<&CStr>| s.map_or(std::ptr::null(), CStr::as_ptr);
     // SAFETY: `key` and `value` are C strings that outlive the call, or null where the command takes none.
-    let ret = unsafe {
-        libc::syscall(
-            libc::SYS_fsconfig,
-            context.as_raw_fd(),
-            command,
-            pointer(key),
-            pointer(value),
-            0,
-        )
-    };
+    let ret =
+        unsafe { libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), command, pointer(key), pointer(value), 0) };
     check(ret).map(drop)
 }
 
@@ -61,22 +53,10 @@ pub(crate) fn clone_mount(dir: BorrowedFd<'_>, path: &CStr) -> nix::Result<Owned
 
 /// Attaches the detached `mount` at `path`, relative to `dir`. Symbolic links at the end of `path` are not followed.
 pub(crate) fn attach(mount: BorrowedFd<'_>, dir: BorrowedFd<'_>, path: &CStr) -> nix::Result<()> {
-    let flags = libc::MOVE_MOUNT_F_EMPTY_PATH
-        | if path.is_empty() {
-            libc::MOVE_MOUNT_T_EMPTY_PATH
-        } else {
-            0
-        };
+    let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | if path.is_empty() { libc::MOVE_MOUNT_T_EMPTY_PATH } else { 0 };
     // SAFETY: both paths are C strings that outlive the call.
     let ret = unsafe {
-        libc::syscall(
-            libc::SYS_move_mount,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            dir.as_raw_fd(),
-            path.as_ptr(),
-            flags,
-        )
+        libc::syscall(libc::SYS_move_mount, mount.as_raw_fd(), c"".as_ptr(), dir.as_raw_fd(), path.as_ptr(), flags)
     };
     check(ret).map(drop)
 }
@@ -92,12 +72,7 @@ pub(crate) fn make_all_private() -> nix::Result<()> {
 }
 
 fn set_attr(fd: RawFd, path: &CStr, flags: libc::c_int, set: MountAttr, propagation: u64) -> nix::Result<()> {
-    let attr = libc::mount_attr {
-        attr_set: set.0,
-        attr_clr: 0,
-        propagation,
-        userns_fd: 0,
-    };
+    let attr = libc::mount_attr { attr_set: set.0, attr_clr: 0, propagation, userns_fd: 0 };
     // SAFETY: `attr` and `path` outlive the call, and the size given is that of `attr`.
     let ret = unsafe {
         libc::syscall(

@@ -82,13 +82,7 @@ pub(crate) fn fork(_proof: &SingleThreaded) -> nix::Result<Option<Pid>> {
 pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: Signal) -> nix::Result<()> {
     // SAFETY: `pidfd` is borrowed for the call; a null siginfo is documented to mean "as kill(2) would".
     let ret = unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            pidfd.as_raw_fd(),
-            signal as libc::c_int,
-            std::ptr::null::<u8>(),
-            0,
-        )
+        libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal as libc::c_int, std::ptr::null::<u8>(), 0)
     };
     check(ret).map(drop)
 }
@@ -141,13 +135,7 @@ pub(crate) fn errno_of(error: &std::io::Error) -> Errno {
 /// Joins a new, anonymous session keyring (`keyctl(KEYCTL_JOIN_SESSION_KEYRING, NULL)`).
 pub(crate) fn join_new_session_keyring() -> nix::Result<()> {
     // SAFETY: a null name asks for an anonymous keyring; no memory is read.
-    let ret = unsafe {
-        libc::syscall(
-            libc::SYS_keyctl,
-            libc::KEYCTL_JOIN_SESSION_KEYRING,
-            std::ptr::null::<u8>(),
-        )
-    };
+    let ret = unsafe { libc::syscall(libc::SYS_keyctl, libc::KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<u8>()) };
     check(ret).map(drop)
 }
 
@@ -175,12 +163,7 @@ pub(crate) fn landlock_abi() -> nix::Result<i64> {
     const CREATE_RULESET_VERSION: libc::c_uint = 1; // LANDLOCK_CREATE_RULESET_VERSION, linux/landlock.h
     // SAFETY: with this flag the kernel demands a null attribute of size 0, and only returns a number.
     let ret = unsafe {
-        libc::syscall(
-            libc::SYS_landlock_create_ruleset,
-            std::ptr::null::<u8>(),
-            0_usize,
-            CREATE_RULESET_VERSION,
-        )
+        libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0_usize, CREATE_RULESET_VERSION)
     };
     check(ret)
 }

@@ -61,18 +61,9 @@ impl Client {
         let lock_dir = tempfile::tempdir().unwrap();
         let (socket, child) = spawn(LAUNCHER).unwrap();
         let instance = format!("test-{}", child.id()).parse().unwrap();
-        let config = LauncherConfig {
-            version: VERSION,
-            instance,
-            lock_dir: lock_dir.path().to_owned(),
-        };
+        let config = LauncherConfig { version: VERSION, instance, lock_dir: lock_dir.path().to_owned() };
         socket.send(&ToLauncher::Configure(config), NO_FDS).unwrap();
-        let client = Self {
-            socket,
-            child,
-            next: 1,
-            lock_dir,
-        };
+        let client = Self { socket, child, next: 1, lock_dir };
         match client.recv() {
             FromLauncher::Up { .. } => client,
             other => panic!("{other:?}"),
@@ -88,12 +79,7 @@ impl Client {
         self.next += 1;
         let (ours, theirs) = Packets::pair().unwrap();
         let artifact = File::open("/proc/self/exe").unwrap();
-        self.socket
-            .send(
-                &ToLauncher::Launch { id, spec },
-                &[OwnedFd::from(theirs), artifact.into()],
-            )
-            .unwrap();
+        self.socket.send(&ToLauncher::Launch { id, spec }, &[OwnedFd::from(theirs), artifact.into()]).unwrap();
         (id, ours)
     }
 
@@ -107,24 +93,13 @@ impl Client {
         let (mut from_stdout, stdout) = std::io::pipe().unwrap();
         let stderr = stdout.try_clone().unwrap();
         let fds: [OwnedFd; 3] = [stdin.into(), stdout.into(), stderr.into()];
-        channel
-            .send(
-                &JobMessage {
-                    payload: action.as_bytes().to_vec(),
-                },
-                &fds,
-            )
-            .unwrap();
+        channel.send(&JobMessage { payload: action.as_bytes().to_vec() }, &fds).unwrap();
         drop((fds, to_stdin));
         assert_eq!(self.recv(), FromLauncher::Started(id));
         let mut output = String::new();
         from_stdout.read_to_string(&mut output).unwrap();
         match self.recv() {
-            FromLauncher::Ended { report, .. } => Run {
-                isolation,
-                stdout: output,
-                report,
-            },
+            FromLauncher::Ended { report, .. } => Run { isolation, stdout: output, report },
             other => panic!("{other:?}"),
         }
     }

@@ -40,10 +40,7 @@ pub(super) fn run() -> Result<u8, Fatal> {
 
 fn play(stage: &mut Stage) -> anyhow::Result<()> {
     let server = Server::start()?;
-    stage.line(format!(
-        "A throw-away server listens on {}. Everything below happens over HTTP.",
-        server.url()
-    ))?;
+    stage.line(format!("A throw-away server listens on {}. Everything below happens over HTTP.", server.url()))?;
     set_up(&server)?;
     main_job(stage, &server)?;
     misbehave(stage, server)
@@ -52,10 +49,7 @@ fn play(stage: &mut Stage) -> anyhow::Result<()> {
 /// Two tenants: one with the demo's plugins, one that only ever echoes.
 fn set_up(server: &Server) -> anyhow::Result<()> {
     for tenant in ["acme", "neighbour"] {
-        expect(
-            server.send("PUT", &format!("/v1/tenants/{tenant}"), &[JSON], b"{}")?,
-            201,
-        )?;
+        expect(server.send("PUT", &format!("/v1/tenants/{tenant}"), &[JSON], b"{}")?, 201)?;
     }
     for plugin in [WORD_COUNT_NATIVE, WORD_COUNT_WASM, PROBE] {
         upload(server, "acme", plugin)?;
@@ -74,22 +68,14 @@ fn expect(answer: server::Answer, status: u16) -> anyhow::Result<server::Answer>
     if answer.status == status {
         return Ok(answer);
     }
-    bail!(
-        "expected {status}, got {}: {}",
-        answer.status,
-        String::from_utf8_lossy(&answer.body)
-    )
+    bail!("expected {status}, got {}: {}", answer.status, String::from_utf8_lossy(&answer.body))
 }
 
 /// Runs a job and gives its record, output and all.
 fn job(server: &Server, plugin: &str, args: &Value, limits: &Value, input: &[u8]) -> anyhow::Result<Value> {
     let path = format!("/v1/tenants/acme/plugins/{plugin}/jobs");
     let (args, limits) = (args.to_string(), limits.to_string());
-    let headers = [
-        ("Prefer", "return=representation"),
-        ("Holm-Args", &args),
-        ("Holm-Limits", &limits),
-    ];
+    let headers = [("Prefer", "return=representation"), ("Holm-Args", &args), ("Holm-Limits", &limits)];
     expect(server.send("POST", &path, &headers, input)?, 200)?.json()
 }
 
@@ -107,9 +93,7 @@ fn main_job(stage: &mut Stage, server: &Server) -> anyhow::Result<()> {
     for plugin in [WORD_COUNT_NATIVE, WORD_COUNT_WASM] {
         records.push(job(server, plugin.name, &args, &json!({}), TEXT.as_bytes())?);
     }
-    let [native, wasm] = &records[..] else {
-        bail!("two jobs give two records")
-    };
+    let [native, wasm] = &records[..] else { bail!("two jobs give two records") };
     let output = native["output"].as_str().context("the job's output is text")?;
     if wasm["output"] != output {
         bail!("the two forms disagree: {output:?} and {:?}", wasm["output"]);
@@ -118,56 +102,27 @@ fn main_job(stage: &mut Stage, server: &Server) -> anyhow::Result<()> {
 
     stage.title("What each used, from the kernel's counters")?;
     stage.line(format!("{:<22}{:>14}{:>14}", "", "native", "wasm"))?;
-    for key in [
-        "launch_us",
-        "wall_us",
-        "cpu_user_us",
-        "cpu_system_us",
-        "memory_peak_bytes",
-        "pids_peak",
-        "fuel_used",
-    ] {
-        stage.line(format!(
-            "{key:<22}{:>14}{:>14}",
-            cell(&native["usage"][key]),
-            cell(&wasm["usage"][key])
-        ))?;
+    for key in ["launch_us", "wall_us", "cpu_user_us", "cpu_system_us", "memory_peak_bytes", "pids_peak", "fuel_used"] {
+        stage.line(format!("{key:<22}{:>14}{:>14}", cell(&native["usage"][key]), cell(&wasm["usage"][key])))?;
     }
 
     stage.title("Where each ran: namespaces and layers, read back from the kernel")?;
-    stage.line(format!(
-        "{:<22}{:>14}{:>14}{:>14}",
-        "namespace", "this shell", "native", "wasm"
-    ))?;
+    stage.line(format!("{:<22}{:>14}{:>14}{:>14}", "namespace", "this shell", "native", "wasm"))?;
     for name in ["user", "pid", "mnt", "uts", "ipc", "net", "cgroup"] {
-        let here = std::fs::read_link(format!("/proc/self/ns/{name}"))?
-            .to_string_lossy()
-            .into_owned();
-        let here: u64 = here
-            .trim_start_matches(|c: char| c != '[')
-            .trim_matches(['[', ']'])
-            .parse()?;
+        let here = std::fs::read_link(format!("/proc/self/ns/{name}"))?.to_string_lossy().into_owned();
+        let here: u64 = here.trim_start_matches(|c: char| c != '[').trim_matches(['[', ']']).parse()?;
         let of = |record: &Value| record["isolation"]["namespaces"][name].clone();
         if of(native) == here || of(wasm) == here {
             bail!("a job ran in this shell's own {name} namespace");
         }
-        stage.line(format!(
-            "{name:<22}{here:>14}{:>14}{:>14}",
-            cell(&of(native)),
-            cell(&of(wasm))
-        ))?;
+        stage.line(format!("{name:<22}{here:>14}{:>14}{:>14}", cell(&of(native)), cell(&of(wasm))))?;
     }
     for key in ["uid_map", "capabilities", "no_new_privs", "seccomp", "landlock"] {
         let of = |record: &Value| cell(&record["isolation"][key]);
         stage.line(format!("{key:<22}{:>14}  {:>18}  {:>18}", "", of(native), of(wasm)))?;
     }
-    stage.line(format!(
-        "cgroups ({})",
-        Plan::for_this_process().map_or("?", |plan| plan.version())
-    ))?;
-    let cgroups = native["isolation"]["cgroups"]
-        .as_object()
-        .context("the operator sees cgroups")?;
+    stage.line(format!("cgroups ({})", Plan::for_this_process().map_or("?", |plan| plan.version())))?;
+    let cgroups = native["isolation"]["cgroups"].as_object().context("the operator sees cgroups")?;
     for (controller, path) in cgroups {
         stage.line(format!("  {controller:<20}{}", cell(path)))?;
     }
@@ -227,16 +182,10 @@ fn misbehave(stage: &mut Stage, server: Server) -> anyhow::Result<()> {
         stage.line(format!("A job that {}.", misdeed.words))?;
         stage.line(format!("  limits   {}", misdeed.limits))?;
         stage.line(format!("  outcome  {}", record["outcome"]))?;
-        let used = misdeed
-            .shown
-            .iter()
-            .map(|key| format!("{key} {}", cell(&record["usage"][key])));
+        let used = misdeed.shown.iter().map(|key| format!("{key} {}", cell(&record["usage"][key])));
         stage.line(format!("  usage    {}\n", used.collect::<Vec<_>>().join(", ")))?;
         if record["outcome"]["limit"] != misdeed.ended_by {
-            problems.push(format!(
-                "a job that {} was not ended by {}",
-                misdeed.words, misdeed.ended_by
-            ));
+            problems.push(format!("a job that {} was not ended by {}", misdeed.words, misdeed.ended_by));
         }
         if let (Some(most), Some(peak)) = (misdeed.limits["pids"].as_u64(), record["usage"]["pids_peak"].as_u64())
             && peak > most
@@ -246,24 +195,14 @@ fn misbehave(stage: &mut Stage, server: Server) -> anyhow::Result<()> {
     }
     let service = neighbour.stop();
     stage.line(format!("The neighbour, meanwhile: {}.", service.words()))?;
-    problems.extend(
-        service
-            .failed
-            .first()
-            .map(|failure| format!("the neighbour was not served: {failure}")),
-    );
+    problems.extend(service.failed.first().map(|failure| format!("the neighbour was not served: {failure}")));
     if service.answered == 0 {
         problems.push("the neighbour was never served".into());
     }
 
-    let Ok(server) = Arc::try_unwrap(server) else {
-        bail!("the neighbour still holds the server")
-    };
+    let Ok(server) = Arc::try_unwrap(server) else { bail!("the neighbour still holds the server") };
     let took = server.stop()?;
-    stage.line(format!(
-        "The server stopped in {} ms. Nothing is left of it.",
-        took.as_millis()
-    ))?;
+    stage.line(format!("The server stopped in {} ms. Nothing is left of it.", took.as_millis()))?;
     match problems.as_slice() {
         [] => Ok(()),
         problems => bail!("the demo failed: {}", problems.join("; ")),
@@ -279,8 +218,5 @@ fn cell(value: &Value) -> String {
 }
 
 fn indent(text: &str) -> String {
-    text.lines()
-        .map(|line| format!("  {line}"))
-        .collect::<Vec<_>>()
-        .join("\n")
+    text.lines().map(|line| format!("  {line}")).collect::<Vec<_>>().join("\n")
 }

@@ -30,11 +30,7 @@ impl Service {
     fn at(&self, part: f64) -> Duration {
         let mut times = self.times.clone();
         times.sort_unstable();
-        #[allow(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            clippy::cast_precision_loss
-        )]
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
         let index = ((times.len() as f64 * part) as usize).min(times.len().saturating_sub(1));
         times.get(index).copied().unwrap_or_default()
     }
@@ -42,12 +38,7 @@ impl Service {
     pub(super) fn words(&self) -> String {
         let ms = |d: Duration| format!("{:.1} ms", d.as_secs_f64() * 1000.0);
         let total = self.answered + self.failed.len();
-        format!(
-            "{} of {total} answered, median {}, slowest {}",
-            self.answered,
-            ms(self.at(0.5)),
-            ms(self.at(1.0))
-        )
+        format!("{} of {total} answered, median {}, slowest {}", self.answered, ms(self.at(0.5)), ms(self.at(1.0)))
     }
 }
 

@@ -63,14 +63,7 @@ impl Server {
         };
         // statuses are answers here, not errors
         let agent = Agent::config_builder().http_status_as_error(false).build().into();
-        Ok(Self {
-            child,
-            directory,
-            url,
-            key,
-            agent,
-            _stdout: stdout,
-        })
+        Ok(Self { child, directory, url, key, agent, _stdout: stdout })
     }
 
     pub(super) fn url(&self) -> &str {
@@ -92,16 +85,10 @@ impl Server {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        let mut response = self
-            .agent
-            .run(request.body(body)?)
-            .with_context(|| format!("{method} {path}"))?;
+        let mut response = self.agent.run(request.body(body)?).with_context(|| format!("{method} {path}"))?;
         let mut body = Vec::new();
         response.body_mut().as_reader().read_to_end(&mut body)?;
-        Ok(Answer {
-            status: response.status().as_u16(),
-            body,
-        })
+        Ok(Answer { status: response.status().as_u16(), body })
     }
 
     /// Stops it as an operator would, and looks that it left nothing behind. Gives the time that stopping took.

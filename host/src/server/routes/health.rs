@@ -25,9 +25,7 @@ pub(super) async fn healthz() -> &'static str {
 ))]
 pub(super) async fn readyz(State(app): State<App>) -> Response {
     if app.is_draining() {
-        return Problem::new(Code::Draining, "the server is stopping")
-            .retry_after(5)
-            .into_response();
+        return Problem::new(Code::Draining, "the server is stopping").retry_after(5).into_response();
     }
     "ok\n".into_response()
 }

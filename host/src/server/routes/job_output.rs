@@ -25,25 +25,14 @@ const OCTETS: &str = "application/octet-stream";
 
 /// The output of a job that did well, else a problem.
 pub(super) async fn bare(finished: Finished, plugin: &Plugin) -> Result<Response, Problem> {
-    let Finished {
-        record,
-        output,
-        stderr_tail,
-    } = finished;
+    let Finished { record, output, stderr_tail } = finished;
     let mut response = match failure(&record, &stderr_tail) {
         Some(problem) => problem.into_response(),
         None => {
             let content_type = plugin.settings.output_content_type.as_deref().unwrap_or(OCTETS);
             let content_type = HeaderValue::from_str(content_type).unwrap_or(HeaderValue::from_static(OCTETS));
             let (body, length) = raw(output).await.map_err(|error| Problem::internal(&error))?;
-            (
-                [
-                    (header::CONTENT_TYPE, content_type),
-                    (header::CONTENT_LENGTH, length.into()),
-                ],
-                body,
-            )
-                .into_response()
+            ([(header::CONTENT_TYPE, content_type), (header::CONTENT_LENGTH, length.into())], body).into_response()
         }
     };
     add_facts(response.headers_mut(), &record);
@@ -52,19 +41,11 @@ pub(super) async fn bare(finished: Finished, plugin: &Plugin) -> Result<Response
 
 /// The record with the output in it, whatever the outcome.
 pub(super) async fn representation(finished: Finished, operator: bool) -> Result<Response, Problem> {
-    let Finished {
-        record,
-        output,
-        stderr_tail,
-    } = finished;
+    let Finished { record, output, stderr_tail } = finished;
     if let Some(problem) = input_too_long(&record) {
         return Ok(problem.into_response());
     }
-    let shown = if operator {
-        record.clone()
-    } else {
-        record.clone().for_tenant()
-    };
+    let shown = if operator { record.clone() } else { record.clone().for_tenant() };
     let mut object = json!(shown);
     object["stderr_tail"] = Value::from(String::from_utf8_lossy(&stderr_tail));
     let body = match output {
@@ -80,10 +61,7 @@ pub(super) async fn representation(finished: Finished, operator: bool) -> Result
     let mut response = Response::new(body);
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    headers.insert(
-        HeaderName::from_static("preference-applied"),
-        HeaderValue::from_static("return=representation"),
-    );
+    headers.insert(HeaderName::from_static("preference-applied"), HeaderValue::from_static("return=representation"));
     add_facts(headers, &record);
     Ok(response)
 }
@@ -101,11 +79,7 @@ fn failure(record: &JobRecord, stderr_tail: &[u8]) -> Option<Problem> {
         .with("usage", json!(record.usage))
         .with("job_id", record.id.to_string())
         .with("stderr_tail", String::from_utf8_lossy(stderr_tail).into_owned());
-    Some(if wall {
-        problem.status(StatusCode::GATEWAY_TIMEOUT)
-    } else {
-        problem
-    })
+    Some(if wall { problem.status(StatusCode::GATEWAY_TIMEOUT) } else { problem })
 }
 
 fn words(outcome: &Outcome) -> (Code, String) {
@@ -113,23 +87,12 @@ fn words(outcome: &Outcome) -> (Code, String) {
         Outcome::Exited { exit_code } => (Code::Exited, format!("the job ended with exit code {exit_code}")),
         Outcome::Signaled { signal } => (Code::Signaled, format!("the job was ended by signal {signal}")),
         Outcome::Trapped { trap, .. } => (Code::Trapped, format!("the job trapped: {trap}")),
-        Outcome::OverLimit {
-            limit,
-            allowed,
-            reached,
-        } => (
-            Code::OverLimit,
-            format!("the job may have {allowed} of `{limit}` and reached {reached}"),
-        ),
-        Outcome::Cancelled => (
-            Code::Cancelled,
-            "the job was ended by order, or because nobody waited for it".into(),
-        ),
+        Outcome::OverLimit { limit, allowed, reached } => {
+            (Code::OverLimit, format!("the job may have {allowed} of `{limit}` and reached {reached}"))
+        }
+        Outcome::Cancelled => (Code::Cancelled, "the job was ended by order, or because nobody waited for it".into()),
         Outcome::NotRunnable { reason } => (Code::NotRunnable, format!("the plugin cannot be run: {reason}")),
-        Outcome::Lost => (
-            Code::Lost,
-            "the job was lost by the host's fault; it can be sent again".into(),
-        ),
+        Outcome::Lost => (Code::Lost, "the job was lost by the host's fault; it can be sent again".into()),
     }
 }
 
@@ -137,15 +100,9 @@ fn words(outcome: &Outcome) -> (Code, String) {
 fn input_too_long(record: &JobRecord) -> Option<Problem> {
     let over = record.outcome.as_ref()?.limit() == Some(Limit::InputBytes.key());
     over.then(|| {
-        Problem::new(
-            Code::PayloadTooLarge,
-            "the input is longer than `input_bytes`; the job was ended",
-        )
-        .with(
-            "maximum",
-            record.limits.get(Limit::InputBytes.key()).cloned().unwrap_or_default(),
-        )
-        .with("job_id", record.id.to_string())
+        Problem::new(Code::PayloadTooLarge, "the input is longer than `input_bytes`; the job was ended")
+            .with("maximum", record.limits.get(Limit::InputBytes.key()).cloned().unwrap_or_default())
+            .with("job_id", record.id.to_string())
     })
 }
 
@@ -156,15 +113,9 @@ fn add_facts(headers: &mut HeaderMap, record: &JobRecord) {
     let (queue, launch, run) = (ms(usage.queue_us), ms(usage.launch_us), ms(usage.wall_us));
     let facts = [
         ("holm-job-id", record.id.to_string()),
-        (
-            "holm-outcome",
-            record.outcome.as_ref().map_or("", Outcome::kind).to_owned(),
-        ),
+        ("holm-outcome", record.outcome.as_ref().map_or("", Outcome::kind).to_owned()),
         ("holm-usage", json!(usage).to_string()),
-        (
-            "server-timing",
-            format!("queue;dur={queue}, launch;dur={launch}, run;dur={run}"),
-        ),
+        ("server-timing", format!("queue;dur={queue}, launch;dur={launch}, run;dur={run}")),
         ("vary", "Prefer".to_owned()),
     ];
     for (name, value) in facts {
@@ -184,10 +135,7 @@ async fn raw(output: Content) -> io::Result<(Body, u64)> {
         Content::File(mut file) => {
             let length = file.metadata()?.len();
             file.rewind()?;
-            Ok((
-                Body::from_stream(ReaderStream::with_capacity(tokio::fs::File::from_std(file), PIECE)),
-                length,
-            ))
+            Ok((Body::from_stream(ReaderStream::with_capacity(tokio::fs::File::from_std(file), PIECE)), length))
         }
     }
 }
@@ -195,9 +143,7 @@ async fn raw(output: Content) -> io::Result<(Body, u64)> {
 /// The JSON object `head` with a large output as one more member, never whole in memory.
 async fn large(head: &Value, file: File) -> io::Result<Body> {
     let read = file.try_clone()?;
-    let utf8 = tokio::task::spawn_blocking(move || is_utf8(read))
-        .await
-        .map_err(io::Error::other)??;
+    let utf8 = tokio::task::spawn_blocking(move || is_utf8(read)).await.map_err(io::Error::other)??;
     let name = if utf8 { "output" } else { "output_base64" };
     let mut opening = head.to_string();
     opening.pop(); // the closing brace comes last
@@ -307,10 +253,7 @@ mod tests {
         let json = round(&bytes).await;
         assert!(STANDARD.decode(json["output_base64"].as_str().unwrap()).unwrap() == bytes);
         let cut = [b"x".repeat(PIECE), vec![0xe2, 0x82]].concat();
-        assert!(
-            round(&cut).await["output_base64"].is_string(),
-            "a character that never ends is no text"
-        );
+        assert!(round(&cut).await["output_base64"].is_string(), "a character that never ends is no text");
     }
 
     #[test]

@@ -48,12 +48,7 @@ impl JobSettings {
         check_args(&args).map_err(invalid)?;
         check_env(&env).map_err(invalid)?;
         let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-        Ok(Self {
-            limits,
-            args,
-            env,
-            content_type: content_type.unwrap_or_default().to_owned(),
-        })
+        Ok(Self { limits, args, env, content_type: content_type.unwrap_or_default().to_owned() })
     }
 }
 
@@ -65,18 +60,13 @@ fn setting<T: DeserializeOwned>(headers: &HeaderMap, name: &HeaderName, shape: &
         return Err(Problem::malformed(format!("`{name}` may be sent once")));
     }
     if value.len() > MAX_SETTING_BYTES {
-        return Err(Problem::malformed(format!(
-            "`{name}` may have {MAX_SETTING_BYTES} bytes at most"
-        )));
+        return Err(Problem::malformed(format!("`{name}` may have {MAX_SETTING_BYTES} bytes at most")));
     }
     let Ok(text) = value.to_str() else {
-        return Err(Problem::malformed(format!(
-            "`{name}` must be ASCII; write other characters as \\u escapes"
-        )));
+        return Err(Problem::malformed(format!("`{name}` must be ASCII; write other characters as \\u escapes")));
     };
     let json = serde_json::from_str(text);
-    json.map(Some)
-        .map_err(|error| Problem::malformed(format!("`{name}` must be {shape} in JSON: {error}")))
+    json.map(Some).map_err(|error| Problem::malformed(format!("`{name}` must be {shape} in JSON: {error}")))
 }
 
 /// Whether the request prefers the record to the bare output (RFC 7240).
@@ -128,11 +118,7 @@ mod tests {
             ("representation", false),
             ("respond-async", false),
         ] {
-            assert_eq!(
-                prefers_representation(&headers(&[("prefer", value.as_bytes())])),
-                expected,
-                "{value}"
-            );
+            assert_eq!(prefers_representation(&headers(&[("prefer", value.as_bytes())])), expected, "{value}");
         }
     }
 }

@@ -79,10 +79,7 @@ pub(super) async fn post(
     let tenant = app.tenant(&caller, &tenant)?;
     let (plugin, artifact) = resolve(&app, &tenant, &plugin)?;
     if plugin.settings.interface != Interface::Command {
-        return Err(Problem::new(
-            Code::WrongInterface,
-            "the plugin answers HTTP requests; call it by `/fn`",
-        ));
+        return Err(Problem::new(Code::WrongInterface, "the plugin answers HTTP requests; call it by `/fn`"));
     }
     refuse_encoding(&headers)?;
     let settings = JobSettings::of(&app, &tenant, &plugin, &headers)?;
@@ -90,20 +87,8 @@ pub(super) async fn post(
     if app.is_draining() {
         return Err(crate::admission::AdmissionError::Draining.into());
     }
-    let JobSettings {
-        limits,
-        args,
-        env,
-        content_type,
-    } = settings;
-    let request = JobRequest {
-        tenant,
-        plugin: plugin.clone(),
-        limits,
-        args,
-        env,
-        content_type,
-    };
+    let JobSettings { limits, args, env, content_type } = settings;
+    let request = JobRequest { tenant, plugin: plugin.clone(), limits, args, env, content_type };
     let body = PacedBody::new(body, app.connections.reading);
     let input: Input = Box::pin(body.map(|chunk| chunk.map_err(|_| InputBroken)));
     let submitted = app.jobs.submit(request, Supply { artifact, input });
@@ -124,9 +109,7 @@ fn resolve(app: &App, tenant: &Tenant, name: &str) -> Result<(std::sync::Arc<Plu
             return Ok((plugin, artifact));
         }
     }
-    Err(Problem::internal(&std::io::Error::other(format!(
-        "the artifact of `{name}` is not in the store"
-    ))))
+    Err(Problem::internal(&std::io::Error::other(format!("the artifact of `{name}` is not in the store"))))
 }
 
 /// Lists a tenant's jobs, newest first: all that wait or run, and the last 1,000 that are over.
@@ -142,10 +125,7 @@ pub(super) async fn list(
     let state = match query.state.as_deref() {
         None => None,
         Some(word) => Some(JobState::from_word(word).ok_or_else(|| {
-            Problem::malformed(format!(
-                "`state` is queued, running or finished, not `{}`",
-                word.escape_default()
-            ))
+            Problem::malformed(format!("`state` is queued, running or finished, not `{}`", word.escape_default()))
         })?),
     };
     let limit = query.limit.unwrap_or(LIST_DEFAULT);
@@ -153,12 +133,7 @@ pub(super) async fn list(
         return Err(Problem::malformed(format!("`limit` is 1 to {LIST_MOST}")));
     }
     // one more than asked for tells whether there is another page
-    let selection = Selection {
-        state,
-        plugin: query.plugin,
-        before: query.cursor,
-        limit: limit + 1,
-    };
+    let selection = Selection { state, plugin: query.plugin, before: query.cursor, limit: limit + 1 };
     let mut jobs = app.jobs.list(tenant.name(), &selection);
     let more = jobs.len() > limit;
     jobs.truncate(limit);
@@ -204,9 +179,5 @@ fn find(app: &App, caller: &Caller, id: &str) -> Result<(Uuid, JobRecord), Probl
 }
 
 fn shown(caller: &Caller, record: JobRecord) -> JobRecord {
-    if *caller == Caller::Operator {
-        record
-    } else {
-        record.for_tenant()
-    }
+    if *caller == Caller::Operator { record } else { record.for_tenant() }
 }

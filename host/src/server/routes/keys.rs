@@ -49,23 +49,11 @@ pub(super) async fn post(
     let tenant = app.tenant(&caller, &tenant)?;
     caller.operator()?;
     let key = Key::generate().map_err(|error| Problem::internal(&error))?;
-    let info = KeyInfo {
-        id: Uuid::now_v7(),
-        tenant: tenant.name().clone(),
-        created_at: Timestamp::now(),
-    };
+    let info = KeyInfo { id: Uuid::now_v7(), tenant: tenant.name().clone(), created_at: Timestamp::now() };
     let id = info.id;
     app.store.add_key(info, key.hash()).await?;
     let no_store = [(header::CACHE_CONTROL, HeaderValue::from_static("no-store"))];
-    Ok((
-        StatusCode::CREATED,
-        no_store,
-        Json(NewKey {
-            id,
-            key: key.reveal().to_owned(),
-        }),
-    )
-        .into_response())
+    Ok((StatusCode::CREATED, no_store, Json(NewKey { id, key: key.reveal().to_owned() })).into_response())
 }
 
 /// Lists a tenant's keys, oldest first; the keys themselves are not known.
@@ -79,13 +67,7 @@ pub(super) async fn list(
     let tenant = app.tenant(&caller, &tenant)?;
     caller.operator()?;
     let keys = app.store.keys(tenant.name());
-    let keys = keys
-        .into_iter()
-        .map(|key| ListedKey {
-            id: key.id,
-            created_at: key.created_at,
-        })
-        .collect();
+    let keys = keys.into_iter().map(|key| ListedKey { id: key.id, created_at: key.created_at }).collect();
     Ok(Json(KeyList { keys }).into_response())
 }
 

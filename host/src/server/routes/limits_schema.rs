@@ -22,16 +22,8 @@ fn job_limits() -> RefOr<Schema> {
         .additional_properties(Some(AdditionalProperties::FreeForm(false)));
     for limit in Limit::ALL {
         let scale = if limit == Limit::CpuCores { 1000.0 } else { 1.0 };
-        let kind = if limit == Limit::CpuCores {
-            Type::Number
-        } else {
-            Type::Integer
-        };
-        let runtime = if limit.applies_to(Runtime::Native) {
-            Runtime::Native
-        } else {
-            Runtime::Wasm
-        };
+        let kind = if limit == Limit::CpuCores { Type::Number } else { Type::Integer };
+        let runtime = if limit.applies_to(Runtime::Native) { Runtime::Native } else { Runtime::Wasm };
         let property = ObjectBuilder::new()
             .schema_type(SchemaType::Type(kind))
             .description(Some(limit.about()))
@@ -79,10 +71,7 @@ fn problem() -> RefOr<Schema> {
         .description(Some("An error (RFC 9457). Some have further members that say more."))
         .property("type", text())
         .property("title", text())
-        .property(
-            "status",
-            ObjectBuilder::new().schema_type(SchemaType::Type(Type::Integer)),
-        )
+        .property("status", ObjectBuilder::new().schema_type(SchemaType::Type(Type::Integer)))
         .property("detail", text())
         .property("code", Ref::from_schema_name("ProblemCode"))
         .required("type")

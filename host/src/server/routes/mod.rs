@@ -82,11 +82,7 @@ async fn other_method(method: Method) -> Response<Body> {
     if method == Method::OPTIONS {
         return StatusCode::NO_CONTENT.into_response();
     }
-    Problem::new(
-        Code::MethodNotAllowed,
-        format!("{method} is not one of the methods in `Allow`"),
-    )
-    .into_response()
+    Problem::new(Code::MethodNotAllowed, format!("{method} is not one of the methods in `Allow`")).into_response()
 }
 
 /// Refuses what is too large to be looked at, and adds what every answer has.
@@ -101,9 +97,7 @@ async fn check_size(request: Request<Body>, next: Next) -> Response<Body> {
     } else {
         next.run(request).await
     };
-    response
-        .headers_mut()
-        .insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
 }
 
@@ -116,9 +110,7 @@ mod tests {
         let document = serde_json::to_value(openapi()).unwrap();
         assert!(document["openapi"].as_str().unwrap().starts_with("3.1"));
         assert!(document["paths"]["/v1/tenants/{t}/plugins/{p}/jobs"]["post"].is_object());
-        let codes = document["components"]["schemas"]["ProblemCode"]["enum"]
-            .as_array()
-            .unwrap();
+        let codes = document["components"]["schemas"]["ProblemCode"]["enum"].as_array().unwrap();
         assert_eq!(codes.len(), Code::ALL.len());
         let limits = &document["components"]["schemas"]["JobLimits"]["properties"];
         assert_eq!(limits["pids"]["maximum"], 4096.0);

@@ -81,12 +81,7 @@ pub(super) async fn list(
     Params(tenant): Params<String>,
 ) -> Result<Response, Problem> {
     let tenant = app.tenant(&caller, &tenant)?;
-    let plugins = app
-        .store
-        .plugins(tenant.name())
-        .iter()
-        .map(|plugin| view(&app, &tenant, plugin))
-        .collect();
+    let plugins = app.store.plugins(tenant.name()).iter().map(|plugin| view(&app, &tenant, plugin)).collect();
     Ok(Json(PluginList { plugins }).into_response())
 }
 
@@ -126,17 +121,12 @@ pub(super) async fn put(
     let (upload, manifest) = receive_upload(&app, &tenant, &headers, body).await?;
 
     // an artifact alone keeps what was set before; a manifest is the whole of what is set
-    let mut settings = manifest
-        .or_else(|| now.map(|now| now.settings.clone()))
-        .unwrap_or_default();
+    let mut settings = manifest.or_else(|| now.map(|now| now.settings.clone())).unwrap_or_default();
     settings.interface = query.interface.unwrap_or(settings.interface);
     settings.public = query.public.unwrap_or(settings.public);
     settings.check(upload.runtime, &tenant.job_maximums(&app.job_maximums))?;
 
-    let ready = upload
-        .make_ready(app.store.dir(), &app.compiler, &tenant)
-        .await
-        .map_err(|error| not_ready(&error))?;
+    let ready = upload.make_ready(app.store.dir(), &app.compiler, &tenant).await.map_err(|error| not_ready(&error))?;
     let updated_at = Timestamp::now();
     let plugin = Plugin {
         tenant: tenant.name().clone(),
@@ -151,11 +141,7 @@ pub(super) async fn put(
     let most = tenant.quota().count(QuotaKey::Plugins);
     let (owner, name) = (plugin.tenant.clone(), plugin.name.clone());
     let change = app.store.put_plugin(plugin, ready.files, most, allowed).await?;
-    let status = if change == Change::Created {
-        StatusCode::CREATED
-    } else {
-        StatusCode::OK
-    };
+    let status = if change == Change::Created { StatusCode::CREATED } else { StatusCode::OK };
     let stored = app.store.plugin(&owner, &name).ok_or(StoreError::NoPlugin)?;
     Ok(answer(&app, status, &tenant, &stored))
 }
@@ -177,11 +163,7 @@ pub(super) async fn patch(
     let patch: Map<String, Value> = read_json(&headers, body, app.connections.reading).await?;
     let settings: PluginSettings = patched(&now.settings, patch)?;
     settings.check(now.runtime, &tenant.job_maximums(&app.job_maximums))?;
-    let plugin = Plugin {
-        settings,
-        updated_at: Timestamp::now(),
-        ..(*now).clone()
-    };
+    let plugin = Plugin { settings, updated_at: Timestamp::now(), ..(*now).clone() };
     // what was patched must still be there, whatever else the request demands
     let seen = plugin_etag(&now);
     let allowed: Precondition<Plugin> = Box::new(move |plugin| {
@@ -205,19 +187,14 @@ pub(super) async fn delete(
     let tenant = app.tenant(&caller, &tenant)?;
     let now = existing(&app, &tenant, &name)?;
     let allowed = precondition(Conditions::of(&headers)?);
-    app.store
-        .delete_plugin(now.tenant.clone(), now.name.clone(), allowed)
-        .await?;
+    app.store.delete_plugin(now.tenant.clone(), now.name.clone(), allowed).await?;
     app.jobs.end_all_of(&now.tenant, Some(&now.name));
     Ok(StatusCode::NO_CONTENT)
 }
 
 /// A plugin of the tenant.
 pub(super) fn existing(app: &App, tenant: &Tenant, name: &str) -> Result<Arc<Plugin>, Problem> {
-    let plugin = name
-        .parse()
-        .ok()
-        .and_then(|name| app.store.plugin(tenant.name(), &name));
+    let plugin = name.parse().ok().and_then(|name| app.store.plugin(tenant.name(), &name));
     plugin.ok_or_else(Problem::not_found)
 }
 
@@ -230,26 +207,17 @@ async fn receive_upload(
 ) -> Result<(Upload, Option<PluginSettings>), Problem> {
     refuse_encoding(headers)?;
     let most = tenant.quota().get(QuotaKey::ArtifactBytes);
-    let content_type = headers
-        .get(header::CONTENT_TYPE)
-        .and_then(|value| value.to_str().ok())
-        .unwrap_or_default();
+    let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let Ok(boundary) = multer::parse_boundary(content_type) else {
         refuse_longer_than(headers, most)?;
         let body = PacedBody::new(body, app.connections.reading);
-        let upload = receive(app.store.dir(), most, body)
-            .await
-            .map_err(|error| not_received(error, Problem::from))?;
+        let upload = receive(app.store.dir(), most, body).await.map_err(|error| not_received(error, Problem::from))?;
         return Ok((upload, None));
     };
     let whole = most + MAX_MANIFEST_BYTES + MULTIPART_OVERHEAD_BYTES;
     refuse_longer_than(headers, whole)?;
-    let sizes = SizeLimit::new()
-        .whole_stream(whole)
-        .for_field("manifest", MAX_MANIFEST_BYTES);
-    let constraints = Constraints::new()
-        .allowed_fields(vec!["artifact", "manifest"])
-        .size_limit(sizes);
+    let sizes = SizeLimit::new().whole_stream(whole).for_field("manifest", MAX_MANIFEST_BYTES);
+    let constraints = Constraints::new().allowed_fields(vec!["artifact", "manifest"]).size_limit(sizes);
     let body = PacedBody::new(body, app.connections.reading);
     let mut parts = Multipart::with_constraints(body, boundary, constraints);
     let (mut upload, mut manifest) = (None, None);
@@ -264,9 +232,7 @@ async fn receive_upload(
                 manifest = Some(parse_object::<PluginSettings>(&bytes)?);
             }
             _ => {
-                return Err(Problem::malformed(
-                    "multipart: the parts are one `artifact` and at most one `manifest`",
-                ));
+                return Err(Problem::malformed("multipart: the parts are one `artifact` and at most one `manifest`"));
             }
         }
     }

@@ -75,18 +75,10 @@ pub(super) async fn put(
     let conditions = Conditions::of(&headers)?;
     let settings: TenantSettings = read_json(&headers, body, app.connections.reading).await?;
     settings.check(&app.job_maximums)?;
-    let row = TenantRow {
-        name,
-        settings,
-        created_at: Timestamp::now(),
-    };
+    let row = TenantRow { name, settings, created_at: Timestamp::now() };
     let change = app.store.put_tenant(row.clone(), precondition(conditions)).await?;
     app.launcher.set_ceiling(row.name.clone(), row.settings.ceiling());
-    let status = if change == Change::Created {
-        StatusCode::CREATED
-    } else {
-        StatusCode::OK
-    };
+    let status = if change == Change::Created { StatusCode::CREATED } else { StatusCode::OK };
     let stored = app.store.tenant(&row.name).ok_or(StoreError::NoTenant)?;
     Ok(answer(&app, status, &stored))
 }
@@ -107,10 +99,7 @@ pub(super) async fn patch(
     let settings: TenantSettings = patched(&tenant.row().settings, patch)?;
     settings.check(&app.job_maximums)?;
     let now = tenant.row();
-    let row = TenantRow {
-        settings,
-        ..now.clone()
-    };
+    let row = TenantRow { settings, ..now.clone() };
     // what was patched must still be there, whatever else the request demands
     let seen = row_etag(now);
     let allowed: Precondition<TenantRow> = Box::new(move |row| {
@@ -133,9 +122,7 @@ pub(super) async fn delete(
 ) -> Result<StatusCode, Problem> {
     let tenant = existing(&app, &caller, &name)?;
     let name = tenant.name().clone();
-    app.store
-        .delete_tenant(name.clone(), precondition(Conditions::of(&headers)?))
-        .await?;
+    app.store.delete_tenant(name.clone(), precondition(Conditions::of(&headers)?)).await?;
     app.jobs.forget(&name).await;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -162,11 +149,8 @@ where
 {
     let mut target = json!(settings);
     // a null takes a member away, also one that never was: names are checked before they vanish
-    let probe: Map<String, Value> = patch
-        .iter()
-        .filter(|(_, v)| v.is_null())
-        .map(|(k, v)| (k.clone(), v.clone()))
-        .collect();
+    let probe: Map<String, Value> =
+        patch.iter().filter(|(_, v)| v.is_null()).map(|(k, v)| (k.clone(), v.clone())).collect();
     check_names::<T>(&probe)?;
     merge_patch(&mut target, Value::Object(patch));
     parse_object(target.to_string().as_bytes())
@@ -209,10 +193,7 @@ fn effective(app: &App, row: &TenantRow) -> Value {
         .into_iter()
         .map(|key| {
             let set_by = by(settings.sets_quota(key.word()));
-            (
-                key.word().to_owned(),
-                json!({"value": quota.get(key), "set_by": set_by}),
-            )
+            (key.word().to_owned(), json!({"value": quota.get(key), "set_by": set_by}))
         })
         .collect();
     let (defaults, maximums) = (settings.job_defaults(), settings.job_maximums());

@@ -165,22 +165,12 @@ const fn ret(verdict: Verdict) -> sock_filter {
 
 #[allow(clippy::cast_possible_truncation)] // the opcodes are 16 bits by definition
 const fn statement(code: u32, k: u32) -> sock_filter {
-    sock_filter {
-        code: code as u16,
-        jt: 0,
-        jf: 0,
-        k,
-    }
+    sock_filter { code: code as u16, jt: 0, jf: 0, k }
 }
 
 #[allow(clippy::cast_possible_truncation)] // the opcodes are 16 bits by definition
 const fn jump(condition: u32, k: u32, jt: u8, jf: u8) -> sock_filter {
-    sock_filter {
-        code: (libc::BPF_JMP | condition | libc::BPF_K) as u16,
-        jt,
-        jf,
-        k,
-    }
+    sock_filter { code: (libc::BPF_JMP | condition | libc::BPF_K) as u16, jt, jf, k }
 }
 
 fn always(skip: usize) -> sock_filter {
@@ -254,31 +244,11 @@ mod tests {
 
     #[test]
     fn argument_tests_see_the_low_half_only() {
-        static CLONE: Test = Test::Masked {
-            arg: 0,
-            mask: 0x7e02_0000,
-            value: 0,
-        };
-        static SOCKET: Test = Test::All(&[
-            Test::OneOf {
-                arg: 0,
-                values: &[1, 7],
-            },
-            Test::Masked {
-                arg: 1,
-                mask: 0xf,
-                value: 1,
-            },
-        ]);
-        static FCNTL: Test = Test::NoneOf {
-            arg: 1,
-            values: &[1031, 1024],
-        };
-        let verdicts = [
-            (2, Verdict::If(&FCNTL, 1)),
-            (5, Verdict::If(&CLONE, 1)),
-            (6, Verdict::If(&SOCKET, 38)),
-        ];
+        static CLONE: Test = Test::Masked { arg: 0, mask: 0x7e02_0000, value: 0 };
+        static SOCKET: Test =
+            Test::All(&[Test::OneOf { arg: 0, values: &[1, 7] }, Test::Masked { arg: 1, mask: 0xf, value: 1 }]);
+        static FCNTL: Test = Test::NoneOf { arg: 1, values: &[1031, 1024] };
+        let verdicts = [(2, Verdict::If(&FCNTL, 1)), (5, Verdict::If(&CLONE, 1)), (6, Verdict::If(&SOCKET, 38))];
         let program = compile(&verdicts, Verdict::Kill);
         let high = 0xdead_0000_0000_0000;
         assert_eq!(native(&program, 5, [0x11, 0, 0, 0, 0, 0]), ALLOW);

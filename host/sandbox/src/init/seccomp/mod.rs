@@ -27,10 +27,7 @@ impl Filters {
         let allowed: Vec<(u32, Verdict)> = entries.iter().map(|e| (e.number, e.verdict)).collect();
         let setup = entries.iter().filter(|e| e.phase == Phase::Setup);
         let taken_away: Vec<(u32, Verdict)> = setup.map(|e| (e.number, e.after)).collect();
-        Self {
-            base: bpf::compile(&allowed, policy::REFUSED),
-            last: bpf::compile(&taken_away, Verdict::Allow),
-        }
+        Self { base: bpf::compile(&allowed, policy::REFUSED), last: bpf::compile(&taken_away, Verdict::Allow) }
     }
 
     /// Installs the allow-list. From here on only the policy's calls work, those of set-up included.
@@ -50,8 +47,5 @@ pub(crate) const FILTERS: u32 = 2;
 /// The published policy of one kind: every system call that tenant code may make, whether under a condition, and why.
 #[must_use]
 pub fn published(kind: Kind) -> Vec<Entry> {
-    policy::entries(kind)
-        .into_iter()
-        .filter(|e| e.phase == Phase::Job || e.after != policy::REFUSED)
-        .collect()
+    policy::entries(kind).into_iter().filter(|e| e.phase == Phase::Job || e.after != policy::REFUSED).collect()
 }

@@ -71,38 +71,15 @@ static PLAIN_CLONE: Test = Test::Masked {
 
 /// Unix sockets of the three ordinary types and no protocol. Type flags (`SOCK_CLOEXEC`…) are above the low nibble.
 static UNIX_SOCKET: Test = Test::All(&[
-    Test::Masked {
-        arg: 0,
-        mask: u32::MAX,
-        value: bits(libc::AF_UNIX),
-    },
-    Test::Masked {
-        arg: 1,
-        mask: !bits(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK | 7),
-        value: 0,
-    },
-    Test::NoneOf {
-        arg: 1,
-        values: &[bits(libc::SOCK_RAW), bits(libc::SOCK_RDM)],
-    },
-    Test::Masked {
-        arg: 2,
-        mask: u32::MAX,
-        value: 0,
-    },
+    Test::Masked { arg: 0, mask: u32::MAX, value: bits(libc::AF_UNIX) },
+    Test::Masked { arg: 1, mask: !bits(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK | 7), value: 0 },
+    Test::NoneOf { arg: 1, values: &[bits(libc::SOCK_RAW), bits(libc::SOCK_RDM)] },
+    Test::Masked { arg: 2, mask: u32::MAX, value: 0 },
 ]);
 
 /// No out-of-band data: its handling on Unix sockets was a way into the kernel (CVE-2025-38236).
-static NO_OOB_ARG2: Test = Test::Masked {
-    arg: 2,
-    mask: bits(libc::MSG_OOB),
-    value: 0,
-};
-static NO_OOB_ARG3: Test = Test::Masked {
-    arg: 3,
-    mask: bits(libc::MSG_OOB),
-    value: 0,
-};
+static NO_OOB_ARG2: Test = Test::Masked { arg: 2, mask: bits(libc::MSG_OOB), value: 0 };
+static NO_OOB_ARG3: Test = Test::Masked { arg: 3, mask: bits(libc::MSG_OOB), value: 0 };
 
 /// The requests that ordinary programs make on pipes and sockets, and `isatty`.
 static PLAIN_IOCTL: Test = Test::OneOf {
@@ -119,10 +96,8 @@ static PLAIN_IOCTL: Test = Test::OneOf {
 
 /// Not the commands that take kernel memory on somebody's account (`F_SETPIPE_SZ`: on that of the pipe's maker, the
 /// server) or that reach other openers of a file (leases, `F_NOTIFY`).
-static PLAIN_FCNTL: Test = Test::NoneOf {
-    arg: 1,
-    values: &[bits(libc::F_SETPIPE_SZ), bits(libc::F_SETLEASE), bits(libc::F_NOTIFY)],
-};
+static PLAIN_FCNTL: Test =
+    Test::NoneOf { arg: 1, values: &[bits(libc::F_SETPIPE_SZ), bits(libc::F_SETLEASE), bits(libc::F_NOTIFY)] };
 
 /// Names, signals at parent death, `dumpable`, timer slack, and questions.
 static PLAIN_PRCTL: Test = Test::OneOf {
@@ -149,34 +124,17 @@ static PLAIN_PRCTL: Test = Test::OneOf {
 };
 
 /// Only the caller's own limits: the init has the same uid.
-static OWN_PRLIMIT: Test = Test::Masked {
-    arg: 0,
-    mask: u32::MAX,
-    value: 0,
-};
+static OWN_PRLIMIT: Test = Test::Masked { arg: 0, mask: u32::MAX, value: 0 };
 
 /// Only asking, or setting plain Linux; no `READ_IMPLIES_EXEC`, no `ADDR_NO_RANDOMIZE`.
-static PLAIN_PERSONALITY: Test = Test::OneOf {
-    arg: 0,
-    values: &[0, u32::MAX],
-};
+static PLAIN_PERSONALITY: Test = Test::OneOf { arg: 0, values: &[0, u32::MAX] };
 
 /// The calling process's own threads only; the global commands interrupt every CPU of the host.
-static PRIVATE_MEMBARRIER: Test = Test::OneOf {
-    arg: 0,
-    values: &[
-        0,  /* QUERY */
-        8,  /* PRIVATE_EXPEDITED */
-        16, /* REGISTER_PRIVATE_EXPEDITED */
-    ],
-};
+static PRIVATE_MEMBARRIER: Test =
+    Test::OneOf { arg: 0, values: &[0 /* QUERY */, 8 /* PRIVATE_EXPEDITED */, 16 /* REGISTER_PRIVATE_EXPEDITED */] };
 
 /// No new executable memory: for a process whose code is all there when the guest starts.
-static NO_EXEC_MAPPING: Test = Test::Masked {
-    arg: 2,
-    mask: bits(libc::PROT_EXEC),
-    value: 0,
-};
+static NO_EXEC_MAPPING: Test = Test::Masked { arg: 2, mask: bits(libc::PROT_EXEC), value: 0 };
 
 /// Threads, not processes.
 static THREADS_ONLY: Test = Test::All(&[
@@ -201,11 +159,7 @@ static THREADS_ONLY: Test = Test::All(&[
 ]);
 
 /// Nothing but the wake-up that `abort` sends to its own thread group.
-static ABORT_ONLY: Test = Test::Masked {
-    arg: 2,
-    mask: u32::MAX,
-    value: bits(libc::SIGABRT),
-};
+static ABORT_ONLY: Test = Test::Masked { arg: 2, mask: u32::MAX, value: bits(libc::SIGABRT) };
 
 struct Line {
     name: &'static str,
@@ -414,11 +368,7 @@ mod tests {
         for kind in Kind::ALL {
             let entries = entries(kind);
             for pair in entries.windows(2) {
-                assert!(
-                    pair[0].number < pair[1].number,
-                    "{kind:?}: {} is listed twice",
-                    pair[1].name
-                );
+                assert!(pair[0].number < pair[1].number, "{kind:?}: {} is listed twice", pair[1].name);
             }
         }
     }
