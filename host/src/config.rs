@@ -7,10 +7,8 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::admission::Capacity;
 use crate::limit::{Given, LimitError, Maximums};
-use crate::plugin::CompileLimits;
-use crate::server::{ConnectionRules, PaceRule};
+use crate::telemetry::LogFormat;
 
 /// All settings of a server, with their defaults.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -64,16 +62,6 @@ pub struct Config {
     pub job_maximums: Map<String, Value>,
     /// Where servers on this host agree about uids.
     pub lock_dir: PathBuf,
-}
-
-/// How log lines look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LogFormat {
-    /// For people.
-    Text,
-    /// For programs.
-    Json,
 }
 
 impl Default for Config {
@@ -245,49 +233,7 @@ impl Config {
         }
         Ok(())
     }
-
-    /// What the server can do at once, on a host with so many pids.
-    #[must_use]
-    pub fn capacity(&self, pid_max: u64) -> Capacity {
-        Capacity {
-            jobs_running: self.jobs_running,
-            pids: pid_max.saturating_sub(PID_RESERVE),
-            jobs_queued: self.jobs_queued,
-            queue_timeout: Duration::from_millis(self.queue_timeout_ms),
-        }
-    }
-
-    /// Time-outs and caps of connections.
-    #[must_use]
-    pub fn connection_rules(&self) -> ConnectionRules {
-        let pace = PaceRule {
-            grace: Duration::from_millis(self.body_grace_ms),
-            bytes_per_second: self.body_bytes_per_second,
-            most: Duration::from_millis(self.body_timeout_ms),
-        };
-        ConnectionRules {
-            most: self.connections,
-            header_timeout: Duration::from_millis(self.header_timeout_ms),
-            idle_timeout: Duration::from_millis(self.idle_timeout_ms),
-            reading: pace,
-            writing: pace,
-        }
-    }
-
-    /// Limits of one compilation.
-    #[must_use]
-    pub fn compile_limits(&self) -> CompileLimits {
-        CompileLimits {
-            memory_bytes: self.compile_memory_bytes,
-            cpu_time: Duration::from_millis(self.compile_cpu_time_ms),
-            wall_time: Duration::from_millis(self.compile_wall_time_ms),
-            artifact_bytes: self.compile_artifact_bytes,
-        }
-    }
 }
-
-/// Pids that are kept for everything else on the host, and for compilations.
-const PID_RESERVE: u64 = 4096;
 
 /// A value that parses as TOML is that; everything else is the text itself.
 fn plain_or_toml(text: &str) -> toml::Value {

@@ -1,8 +1,8 @@
 //! Holm: an HTTP server that hosts functions for many tenants, each job in a process of its own.
 //!
 //! See `host/ARCHITECTURE.md` for the map. Imports point one way:
-//! `cli → server → job → admission → plugin → tenant → {launcher, limit}`; `store` holds what `plugin` and `tenant`
-//! define; only [`inside`] sees both the sandbox and the runtimes from within.
+//! `cli → server → job → admission, upload → store → plugin, tenant → limit`, with `launcher` at hand for those that run
+//! sandboxes; only [`inside`] sees both the sandbox and the runtimes from within.
 
 #![forbid(unsafe_code)]
 
@@ -19,3 +19,4 @@ pub mod server;
 pub mod store;
 pub mod telemetry;
 pub mod tenant;
+pub mod upload;

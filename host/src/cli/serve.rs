@@ -21,17 +21,17 @@ use tokio_util::sync::CancellationToken;
 
 use super::privilege::{Identity, make_data_dir, raise_open_files};
 use super::{EX_CONFIG, EX_OSERR, EX_SOFTWARE, EX_UNAVAILABLE, Fatal, OrExit};
-use crate::admission::Admission;
+use crate::admission::{Admission, Capacity};
 use crate::config::Config;
 use crate::inside::LAUNCHER;
 use crate::job::Jobs;
 use crate::launcher::{Launcher, LauncherGone};
 use crate::limit::Given;
-use crate::plugin::Compiler;
-use crate::server::{App, AppParts, serve};
+use crate::server::{App, AppParts, ConnectionRules, PaceRule, serve};
 use crate::store::{DataDir, DataDirError, Store};
 use crate::telemetry;
 use crate::tenant::{Key, OperatorKey};
+use crate::upload::{CompileLimits, Compiler};
 
 /// How long the launcher may take to end once the server has let go of it.
 const LAUNCHER_PATIENCE: Duration = Duration::from_secs(5);
@@ -188,8 +188,8 @@ fn assemble(
 ) -> anyhow::Result<App> {
     let pid_max = fs::read_to_string("/proc/sys/kernel/pid_max").ok().and_then(|text| text.trim().parse().ok());
     let store = Store::open(dir).context("open the store")?;
-    let admission = Admission::new(config.capacity(pid_max.unwrap_or(LEAST_PID_MAX)));
-    let compiler = Arc::new(Compiler::new(launcher.clone(), config.compile_limits(), engine));
+    let admission = Admission::new(capacity(config, pid_max.unwrap_or(LEAST_PID_MAX)));
+    let compiler = Arc::new(Compiler::new(launcher.clone(), compile_limits(config), engine));
     let jobs = Jobs::new(admission.clone(), launcher.clone(), compiler.clone(), store.clone());
     Ok(App::new(AppParts {
         store,
@@ -200,10 +200,47 @@ fn assemble(
         operator,
         job_defaults: Given::from_stored(&config.job_defaults),
         job_maximums: Given::from_stored(&config.job_maximums),
-        connections: config.connection_rules(),
+        connections: connection_rules(config),
         draining: AtomicBool::new(false),
     }))
 }
+
+/// What the configuration allows at once, on a host with so many pids.
+fn capacity(config: &Config, pid_max: u64) -> Capacity {
+    Capacity {
+        jobs_running: config.jobs_running,
+        pids: pid_max.saturating_sub(PID_RESERVE),
+        jobs_queued: config.jobs_queued,
+        queue_timeout: Duration::from_millis(config.queue_timeout_ms),
+    }
+}
+
+fn connection_rules(config: &Config) -> ConnectionRules {
+    let pace = PaceRule {
+        grace: Duration::from_millis(config.body_grace_ms),
+        bytes_per_second: config.body_bytes_per_second,
+        most: Duration::from_millis(config.body_timeout_ms),
+    };
+    ConnectionRules {
+        most: config.connections,
+        header_timeout: Duration::from_millis(config.header_timeout_ms),
+        idle_timeout: Duration::from_millis(config.idle_timeout_ms),
+        reading: pace,
+        writing: pace,
+    }
+}
+
+fn compile_limits(config: &Config) -> CompileLimits {
+    CompileLimits {
+        memory_bytes: config.compile_memory_bytes,
+        cpu_time: Duration::from_millis(config.compile_cpu_time_ms),
+        wall_time: Duration::from_millis(config.compile_wall_time_ms),
+        artifact_bytes: config.compile_artifact_bytes,
+    }
+}
+
+/// Pids that are kept for everything else on the host, and for compilations.
+const PID_RESERVE: u64 = 4096;
 
 /// What every kernel has (`PID_MAX_DEFAULT`).
 const LEAST_PID_MAX: u64 = 32_768;

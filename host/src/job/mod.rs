@@ -27,9 +27,10 @@ pub use self::registry::{FINISHED_KEPT, Selection};
 use crate::admission::{Admission, AdmissionError};
 use crate::launcher::{Content, Launcher};
 use crate::limit::{Limits, Runtime};
-use crate::plugin::{Compiler, Plugin};
+use crate::plugin::Plugin;
 use crate::store::{Store, open_if_there};
 use crate::tenant::Tenant;
+use crate::upload::Compiler;
 
 /// What a job is to do.
 #[derive(Clone, Debug)]

@@ -21,9 +21,10 @@ use super::{Artifact, Finished, Input, JobRequest, Jobs, Supply};
 use crate::admission::{AdmissionError, Permit};
 use crate::launcher::{Collected, Collector, Content, Sandbox, SandboxError, Stdio, StreamError};
 use crate::limit::{Limit, Runtime};
-use crate::plugin::{CompileError, Plugin};
+use crate::plugin::Plugin;
 use crate::store::ArtifactError;
 use crate::tenant::Tenant;
+use crate::upload::CompileError;
 
 /// What is kept of standard error.
 const STDERR_TAIL_BYTES: usize = 4096;

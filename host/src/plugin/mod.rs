@@ -1,14 +1,10 @@
-//! Plugins: a tenant's uploaded code and the settings that its jobs start from.
+//! Plugins: a tenant's code, by the digest of its bytes, and the settings that its jobs start from.
 
-mod compile;
 mod revision;
 mod settings;
-mod upload;
 
-pub use self::compile::{CompileError, CompileLimits, Compiler};
 pub use self::revision::{Hasher, Revision};
 pub use self::settings::{Interface, PluginSettings, PluginSettingsError, check_args, check_env};
-pub use self::upload::{ReadyArtifact, Upload, UploadError, receive};
 
 use holm_sandbox::name::Name;
 use jiff::Timestamp;

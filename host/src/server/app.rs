@@ -16,9 +16,9 @@ use crate::admission::Admission;
 use crate::job::Jobs;
 use crate::launcher::Launcher;
 use crate::limit::Given;
-use crate::plugin::Compiler;
 use crate::store::Store;
 use crate::tenant::{AuthError, Caller, KeyHash, OperatorKey, Tenant};
+use crate::upload::Compiler;
 
 /// The parts of a running server. Cheap to clone.
 #[derive(Clone, Debug)]

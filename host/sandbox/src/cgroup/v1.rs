@@ -10,8 +10,8 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::control::{CPU_PERIOD_US, cpu_quota_us};
 use super::dir::Dir;
-use super::{CPU_PERIOD_US, cpu_quota_us};
 
 /// Limits memory, and memory plus swap to the same value, so that swapping is no way around the limit.
 pub(super) fn limit_memory(dir: &Dir, bytes: u64) -> nix::Result<()> {
@@ -64,10 +64,6 @@ pub(super) fn oom_kills(memory: &Dir) -> Option<u64> {
 
 pub(super) fn memory_peak(memory: &Dir) -> Option<u64> {
     memory.number("memory.max_usage_in_bytes")
-}
-
-pub(super) fn pids_peak(pids: &Dir) -> Option<u64> {
-    pids.number("pids.peak") // since Linux 6.1
 }
 
 /// User and system time in microseconds.

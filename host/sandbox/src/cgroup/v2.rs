@@ -3,8 +3,8 @@
 
 use nix::errno::Errno;
 
+use super::control::{CPU_PERIOD_US, cpu_quota_us};
 use super::dir::Dir;
-use super::{CPU_PERIOD_US, cpu_quota_us};
 
 /// The controllers that this cgroup could give to its children.
 pub(super) fn available(dir: &Dir) -> Vec<String> {
@@ -48,10 +48,6 @@ pub(super) fn oom_kills(dir: &Dir) -> Option<u64> {
 
 pub(super) fn memory_peak(dir: &Dir) -> Option<u64> {
     dir.number("memory.peak") // since Linux 5.19
-}
-
-pub(super) fn pids_peak(dir: &Dir) -> Option<u64> {
-    dir.number("pids.peak") // since Linux 6.1
 }
 
 /// User and system time in microseconds.

@@ -45,7 +45,7 @@ impl Launcher<'_> {
             .tenant(&spec.tenant, spec.ceiling)
             .at(Step::TenantCgroup)
             .inspect_err(|_| self.uids.give_back(&ids))?;
-        let leaf = match self.tree.leaf(&spec.tenant, format!("sandbox-{}", id.0)).at(Step::CreateCgroup) {
+        let leaf = match self.tree.leaf(&spec.tenant, &format!("sandbox-{}", id.0)).at(Step::CreateCgroup) {
             Ok(leaf) => leaf,
             Err(error) => {
                 self.uids.give_back(&ids);
@@ -78,7 +78,7 @@ impl Launcher<'_> {
         artifact: OwnedFd,
     ) -> Result<Newborn, LaunchError> {
         leaf.limit(&spec).at(Step::LimitCgroup)?;
-        let oom = leaf.watch_oom().at(Step::WatchOom)?;
+        let oom = leaf.die_whole().at(Step::WatchOom)?;
         let dev = if spec.kind == Kind::Native { Some(root::make_dev().at(Step::MakeDev)?) } else { None };
         let (gate, sandbox_gate) = gate::pair().at(Step::MakeGate)?;
         let null = self.null.try_clone().at(Step::MakeGate)?;

@@ -16,7 +16,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::tenants::patched;
 use crate::limit::{Limits, Runtime};
-use crate::plugin::{CompileError, Interface, Plugin, PluginSettings, Upload, UploadError, receive};
+use crate::plugin::{Interface, Plugin, PluginSettings};
 use crate::server::app::{App, Params, Query, invalid_name};
 use crate::server::body::{
     BodyError, PacedBody, parse_object, read_json, refuse_encoding, refuse_longer_than, too_large,
@@ -25,6 +25,7 @@ use crate::server::conditions::{Conditions, etag, etag_header};
 use crate::server::problem::{Code, Problem};
 use crate::store::{Change, Precondition, StoreError};
 use crate::tenant::{Caller, QuotaKey, Tenant};
+use crate::upload::{CompileError, Upload, UploadError, receive};
 
 /// The longest manifest.
 const MAX_MANIFEST_BYTES: u64 = 1024 * 1024;

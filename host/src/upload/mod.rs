@@ -1,14 +1,16 @@
 //! From a stream of bytes to a revision that can run: received, inspected, then compiled if it has to be.
 
+mod compile;
+
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use holm_runtime::artifact::{Format, FormatError, inspect};
 use object::ReadCache;
 use tokio::io::AsyncWriteExt;
 
-use super::compile::{CompileError, Compiler};
-use super::revision::{Hasher, Revision};
+pub use self::compile::{CompileError, CompileLimits, Compiler};
 use crate::limit::Runtime;
+use crate::plugin::{Hasher, Revision};
 use crate::store::{ArtifactError, DataDir, RevisionFiles, TempFile};
 use crate::tenant::Tenant;
 

@@ -1,0 +1,81 @@
+//! One controller in one cgroup, whichever version of the interface it has.
+
+use std::os::fd::OwnedFd;
+
+use super::dir::Dir;
+use super::{v1, v2};
+
+/// The CFS period. The kernel's own default: shorter ones cost more timer work and bound bursts no better for jobs
+/// that run for milliseconds.
+pub(super) const CPU_PERIOD_US: u64 = 100_000;
+
+/// CPU time per period.
+pub(super) fn cpu_quota_us(millicores: u32) -> i64 {
+    i64::from(millicores) * i64::try_from(CPU_PERIOD_US / 1000).unwrap_or(i64::MAX)
+}
+
+/// The directory that serves a role, and the version whose files it has.
+pub(super) struct Control<'a> {
+    dir: &'a Dir,
+    v2: bool,
+}
+
+impl<'a> Control<'a> {
+    pub(super) fn new(dir: &'a Dir, v2: bool) -> Self {
+        Self { dir, v2 }
+    }
+
+    pub(super) fn limit_memory(&self, bytes: u64) -> nix::Result<()> {
+        if self.v2 { v2::limit_memory(self.dir, bytes) } else { v1::limit_memory(self.dir, bytes) }
+    }
+
+    /// Makes an OOM kill take the whole cgroup, where the kernel can do that. On v1 it cannot: there a descriptor is
+    /// given that becomes readable when there may have been an OOM kill, for somebody to finish the work.
+    pub(super) fn die_whole(&self) -> nix::Result<Option<OwnedFd>> {
+        if self.v2 { v2::kill_whole_group_on_oom(self.dir).map(|()| None) } else { v1::watch_oom(self.dir).map(Some) }
+    }
+
+    pub(super) fn limit_cpu(&self, millicores: u32) -> nix::Result<()> {
+        if self.v2 { v2::limit_cpu(self.dir, millicores) } else { v1::limit_cpu(self.dir, millicores) }
+    }
+
+    pub(super) fn weigh_cpu(&self, weight: u32) -> nix::Result<()> {
+        if self.v2 { v2::weigh_cpu(self.dir, weight) } else { v1::weigh_cpu(self.dir, weight) }
+    }
+
+    pub(super) fn limit_pids(&self, pids: u32) -> nix::Result<()> {
+        if self.v2 { v2::limit_pids(self.dir, pids) } else { v1::limit_pids(self.dir, pids) }
+    }
+
+    pub(super) fn thaw(&self) -> nix::Result<()> {
+        // on v2 `cgroup.kill` reaches what is frozen
+        if self.v2 { Ok(()) } else { v1::thaw(self.dir) }
+    }
+
+    pub(super) fn oom_kills(&self) -> Option<u64> {
+        if self.v2 { v2::oom_kills(self.dir) } else { v1::oom_kills(self.dir) }
+    }
+
+    pub(super) fn memory_peak(&self) -> Option<u64> {
+        if self.v2 { v2::memory_peak(self.dir) } else { v1::memory_peak(self.dir) }
+    }
+
+    /// Since Linux 6.1, on both versions.
+    pub(super) fn pids_peak(&self) -> Option<u64> {
+        self.dir.number("pids.peak")
+    }
+
+    /// All CPU time, in microseconds.
+    pub(super) fn cpu_total(&self) -> Option<u64> {
+        if self.v2 { v2::cpu_total(self.dir) } else { v1::cpu_total(self.dir) }
+    }
+
+    /// User and system time, in microseconds.
+    pub(super) fn cpu_times(&self) -> (Option<u64>, Option<u64>) {
+        if self.v2 { v2::cpu_times(self.dir) } else { v1::cpu_times(self.dir) }
+    }
+
+    pub(super) fn cpu_throttled(&self) -> Option<u64> {
+        if self.v2 { v2::cpu_throttled(self.dir) } else { v1::cpu_throttled(self.dir) }
+    }
+}

@@ -1,0 +1,113 @@
+//! The cgroup of one sandbox.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
+use std::time::Duration;
+
+use nix::unistd::Pid;
+
+use super::control::Control;
+use super::tree::Level;
+use super::{Plan, Role, v2};
+use crate::name::Name;
+use crate::spec::SandboxSpec;
+use crate::usage::Usage;
+
+/// One directory in each hierarchy, below the tenant's.
+#[derive(Debug)]
+pub(crate) struct Leaf {
+    plan: Rc<Plan>,
+    parent: Rc<Level>,
+    tenant: Name,
+    /// Below the server's own cgroup.
+    path: String,
+    level: Level,
+}
+
+impl Leaf {
+    pub(super) fn new(plan: Rc<Plan>, parent: Rc<Level>, tenant: Name, path: String, level: Level) -> Self {
+        Self { plan, parent, tenant, path, level }
+    }
+
+    pub(super) fn tenant(&self) -> &Name {
+        &self.tenant
+    }
+
+    /// Removes the directories. `EBUSY` while the last task is still on its way out.
+    pub(super) fn remove(&self) -> nix::Result<()> {
+        let name = self.path.rsplit('/').next().unwrap_or(&self.path);
+        self.parent.remove_below(name)
+    }
+
+    fn control(&self, role: Role) -> Control<'_> {
+        self.plan.control(&self.level, role)
+    }
+
+    /// Writes the limits. Nothing may be attached before.
+    pub(crate) fn limit(&self, spec: &SandboxSpec) -> nix::Result<()> {
+        let limits = &spec.limits;
+        self.control(Role::Memory).limit_memory(limits.memory_bytes)?;
+        self.control(Role::Cpu).limit_cpu(limits.cpu_millicores)?;
+        self.control(Role::Cpu).weigh_cpu(limits.cpu_weight)?;
+        self.control(Role::Pids).limit_pids(limits.pids + spec.kind.own_pids())
+    }
+
+    /// Sees to it that an OOM kill takes the whole job: on v2 the kernel does, on v1 the descriptor given becomes
+    /// readable when the job has to be looked at.
+    pub(crate) fn die_whole(&self) -> nix::Result<Option<OwnedFd>> {
+        self.control(Role::Memory).die_whole()
+    }
+
+    /// The directory in which the process should be born, where there is a v2 hierarchy.
+    pub(crate) fn birthplace(&self) -> Option<BorrowedFd<'_>> {
+        self.plan.v2.map(|index| self.level.dir(index).as_fd())
+    }
+
+    /// Attaches `pid` in every hierarchy in which it was not born.
+    pub(crate) fn attach(&self, pid: Pid) -> nix::Result<()> {
+        let born = self.plan.v2;
+        self.level.dirs().filter(|(index, _)| Some(*index) != born).try_for_each(|(_, dir)| dir.attach(pid))
+    }
+
+    /// Whether a process with this membership is in the leaf, in every hierarchy.
+    pub(crate) fn holds(&self, membership: &BTreeMap<String, String>) -> bool {
+        let in_leaf = |name: &str| membership.get(name).is_some_and(|path| path.ends_with(&self.path));
+        let v1 = Role::ALL.into_iter().filter(|role| !self.plan.is_v2(*role)).all(|role| in_leaf(role.v1_name()));
+        v1 && (self.plan.v2.is_none() || in_leaf("unified"))
+    }
+
+    /// Kills everything in the leaf that the death of its init would not take with it at once, frozen or not.
+    pub(crate) fn kill(&self) -> nix::Result<()> {
+        self.control(Role::Freezer).thaw()?;
+        match self.plan.v2 {
+            Some(index) => v2::kill(self.level.dir(index)),
+            None => Ok(()),
+        }
+    }
+
+    /// Processes that the OOM killer has taken in this leaf.
+    pub(crate) fn oom_kills(&self) -> u64 {
+        self.control(Role::Memory).oom_kills().unwrap_or(0)
+    }
+
+    /// CPU time used so far.
+    pub(crate) fn cpu_used(&self) -> Option<Duration> {
+        self.control(Role::Cpuacct).cpu_total().map(Duration::from_micros)
+    }
+
+    /// Everything that the leaf counted. `own_pids` of them are the host's own.
+    pub(crate) fn usage(&self, own_pids: u32) -> Usage {
+        let (user, system) = self.control(Role::Cpuacct).cpu_times();
+        let peak = self.control(Role::Pids).pids_peak();
+        Usage {
+            wall_us: 0,
+            cpu_user_us: user,
+            cpu_system_us: system,
+            cpu_throttled_us: self.control(Role::Cpu).cpu_throttled(),
+            memory_peak_bytes: self.control(Role::Memory).memory_peak(),
+            pids_peak: peak.map(|peak| peak.saturating_sub(u64::from(own_pids))),
+            oom_kills: self.oom_kills(),
+        }
+    }
+}
