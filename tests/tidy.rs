@@ -45,8 +45,8 @@ const LAYERS: [(&str, &[&str]); 14] = [
     ("tenant", &["limit"]),
     ("plugin", &["limit"]),
     ("store", &["limit", "plugin", "tenant"]),
-    ("upload", &["launcher", "limit", "plugin", "store", "tenant"]),
     ("admission", &["tenant"]),
+    ("upload", &["admission", "launcher", "limit", "plugin", "store", "tenant"]),
     ("job", &["admission", "launcher", "limit", "plugin", "store", "tenant", "upload"]),
     ("server", &["admission", "job", "launcher", "limit", "plugin", "store", "tenant", "upload"]),
     (

@@ -26,6 +26,15 @@ pub struct Capacity {
     pub queue_timeout: Duration,
 }
 
+/// What one tenant may have of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allowance {
+    /// Running at once.
+    pub running: u64,
+    /// Waiting at once.
+    pub waiting: u64,
+}
+
 /// The right to run one job. Gives its place up when dropped.
 #[derive(Debug)]
 pub struct Permit {
@@ -90,7 +99,7 @@ struct TenantBooks {
 struct Waiter {
     id: u64,
     pids: u64,
-    quota: usize,
+    most_running: u64,
     grant: oneshot::Sender<Permit>,
 }
 
@@ -125,12 +134,26 @@ impl Admission {
     /// See [`AdmissionError`]. Dropping the future gives the place in the queue up.
     pub async fn admit(&self, tenant: &Tenant, pids: u64) -> Result<Permit, AdmissionError> {
         let quota = tenant.quota();
-        let (id, granted) = self.enqueue(tenant.name(), pids, &quota)?;
+        let (running, waiting) = (quota.get(QuotaKey::JobsRunning), quota.get(QuotaKey::JobsQueued));
+        self.admit_within(tenant, Allowance { running, waiting }, pids).await
+    }
+
+    /// The same, with other numbers than the tenant's quota for jobs.
+    ///
+    /// # Errors
+    /// See [`AdmissionError`].
+    pub async fn admit_within(
+        &self,
+        tenant: &Tenant,
+        allowance: Allowance,
+        pids: u64,
+    ) -> Result<Permit, AdmissionError> {
+        let (id, granted) = self.enqueue(tenant.name(), pids, allowance)?;
         let _place = Place { admission: self, tenant: tenant.name(), id };
         match tokio::time::timeout(self.0.capacity.queue_timeout, granted).await {
             Ok(Ok(permit)) => Ok(permit),
             Ok(Err(_)) => Err(AdmissionError::Draining),
-            Err(_) => Err(self.why_so_long(tenant.name(), quota.get(QuotaKey::JobsRunning))),
+            Err(_) => Err(self.why_so_long(tenant.name(), allowance.running)),
         }
     }
 
@@ -166,7 +189,7 @@ impl Admission {
         &self,
         tenant: &Name,
         pids: u64,
-        quota: &crate::tenant::Quota,
+        allowance: Allowance,
     ) -> Result<(u64, oneshot::Receiver<Permit>), AdmissionError> {
         let (grant, granted) = oneshot::channel();
         let capacity = &self.0.capacity;
@@ -177,8 +200,7 @@ impl Admission {
         books.next_waiter += 1;
         let id = books.next_waiter;
         let entry = books.tenants.entry(tenant.clone()).or_default();
-        let most_waiting = quota.count(QuotaKey::JobsQueued);
-        let waiter = Waiter { id, pids, quota: quota.count(QuotaKey::JobsRunning), grant };
+        let waiter = Waiter { id, pids, most_running: allowance.running, grant };
         let was_waiting = entry.waiting.len();
         entry.waiting.push_back(waiter);
         if was_waiting == 0 {
@@ -188,8 +210,8 @@ impl Admission {
         let unwanted = books.serve(self);
         // it had to be put in line to see whether there is a place at once; if not, is there one in line?
         let waiting = books.tenants.get(tenant).map_or(0, |entry| entry.waiting.len());
-        let error = if waiting > most_waiting {
-            AdmissionError::TenantQueueFull(quota.get(QuotaKey::JobsQueued))
+        let error = if waiting as u64 > allowance.waiting {
+            AdmissionError::TenantQueueFull(allowance.waiting)
         } else if books.queued > capacity.jobs_queued {
             AdmissionError::ServerFull
         } else {
@@ -223,7 +245,7 @@ impl Books {
                 continue;
             };
             let Some(next) = tenant.waiting.front() else { continue };
-            if tenant.running >= next.quota {
+            if tenant.running as u64 >= next.most_running {
                 // its own jobs keep it; the others need not wait for them
                 self.turn.push_back(name);
                 passed_over += 1;

@@ -1,7 +1,7 @@
 //! Holm: an HTTP server that hosts functions for many tenants, each job in a process of its own.
 //!
 //! See `host/ARCHITECTURE.md` for the map. Imports point one way:
-//! `cli → server → job → admission, upload → store → plugin, tenant → limit`, with `launcher` at hand for those that run
+//! `cli → server → job → upload → admission, store → plugin, tenant → limit`, with `launcher` at hand for those that run
 //! sandboxes; only [`inside`] sees both the sandbox and the runtimes from within.
 
 #![forbid(unsafe_code)]

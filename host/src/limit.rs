@@ -5,6 +5,7 @@
 //! is cut to it. Zero, negative and absent never mean unlimited.
 
 use std::collections::BTreeMap;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit};
@@ -232,13 +233,17 @@ impl Limit {
     }
 }
 
+/// Looked up once, at the start: later the server may not read what the answer depends on.
 fn host_cpus() -> u64 {
-    std::thread::available_parallelism().map_or(1, |n| n.get() as u64)
+    static CPUS: LazyLock<u64> = LazyLock::new(|| std::thread::available_parallelism().map_or(1, |n| n.get() as u64));
+    *CPUS
 }
 
 /// The server's own hard limit: no job can have more, as nobody here may raise it.
 fn hard_open_files() -> u64 {
-    getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(_, hard)| hard)
+    static HARD: LazyLock<u64> =
+        LazyLock::new(|| getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(_, hard)| hard));
+    *HARD
 }
 
 /// Some limits, as a request, a plugin or a tenant gives them.

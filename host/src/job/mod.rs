@@ -126,6 +126,10 @@ impl Jobs {
     pub fn submit(&self, request: JobRequest, supply: Supply) -> Submitted {
         let entry = Arc::new(new_entry(&request));
         self.0.registry.insert(entry.clone());
+        // whoever deletes a tenant or plugin ends the jobs that it finds; this one may have come too late to be found
+        if self.0.store.plugin(&entry.tenant, &entry.plugin).is_none() {
+            entry.stop(Stop::Cancelled);
+        }
         let (tell, done) = oneshot::channel();
         let task = run::run(self.clone(), entry.clone(), request, supply);
         self.0.tasks.spawn(async move {

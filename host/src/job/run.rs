@@ -249,7 +249,7 @@ async fn runnable(jobs: &Jobs, tenant: &Tenant, plugin: &Plugin, artifact: Artif
         Artifact::Source(file) => file,
     };
     let (compiler, dir) = (&jobs.0.compiler, jobs.0.store.dir());
-    let made = compiler.compile(dir, tenant.name(), tenant.ceiling(), source).await?;
+    let made = compiler.compile(dir, tenant, source).await?;
     let file = made.reopen()?;
     let (name, engine) = (tenant.name().clone(), compiler.engine().to_owned());
     if let Err(error) = jobs.0.store.keep_compiled(name, plugin.revision, made, engine).await {

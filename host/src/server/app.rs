@@ -1,5 +1,6 @@
 //! What every route has at hand.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -142,18 +143,23 @@ impl<T: DeserializeOwned + Send> FromRequestParts<App> for Params<T> {
     }
 }
 
-/// Query parameters, strictly: an unknown or malformed one is an error.
+/// Query parameters, strictly: an unknown or malformed one is an error. What the path names is looked at before they
+/// are, so they are taken with [`Query::get`] after that.
 #[derive(Debug)]
-pub(super) struct Query<T>(pub(super) T);
+pub(super) struct Query<T>(Result<T, String>);
 
-impl<T: DeserializeOwned + Send> FromRequestParts<App> for Query<T> {
-    type Rejection = Problem;
+impl<T> Query<T> {
+    pub(super) fn get(self) -> Result<T, Problem> {
+        self.0.map_err(|error| Problem::malformed(format!("query: {error}")))
+    }
+}
 
-    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
-        match axum::extract::Query::<T>::from_request_parts(parts, app).await {
-            Ok(axum::extract::Query(query)) => Ok(Self(query)),
-            Err(error) => Err(Problem::malformed(format!("query: {error}"))),
-        }
+impl<T: DeserializeOwned> FromRequestParts<App> for Query<T> {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, Infallible> {
+        let query = axum::extract::Query::<T>::try_from_uri(&parts.uri);
+        Ok(Self(query.map(|axum::extract::Query(query)| query).map_err(|error| error.body_text())))
     }
 }
 

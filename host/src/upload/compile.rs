@@ -6,16 +6,16 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use holm_runtime::invocation::{Invocation, Report};
-use holm_sandbox::limits::{Ceiling, Limits};
-use holm_sandbox::name::Name;
+use holm_sandbox::limits::Limits;
 use holm_sandbox::spec::{Kind, SandboxSpec};
 use holm_sandbox::usage::{KillCause, SandboxReport};
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
-use tokio::sync::Semaphore;
 
+use crate::admission::{Admission, AdmissionError, Allowance, Capacity};
 use crate::launcher::{Launcher, SandboxError, Stdio};
 use crate::store::{DataDir, TempFile};
+use crate::tenant::Tenant;
 
 /// What one compilation may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,9 +42,9 @@ pub enum CompileError {
     /// It would take more than is allowed.
     #[error("compiling it takes more than {0}")]
     OverLimit(String),
-    /// Too many compilations are waiting already.
-    #[error("the server is compiling as much as it can")]
-    Busy,
+    /// Too much is being compiled already, by this tenant or by all.
+    #[error("no place to compile in: {0}")]
+    Busy(AdmissionError),
     /// The host's own fault.
     #[error("compile")]
     Host(#[source] anyhow::Error),
@@ -55,15 +55,23 @@ pub enum CompileError {
 pub struct Compiler {
     launcher: Launcher,
     limits: CompileLimits,
-    /// One for each CPU: more would only make each slower.
-    running: Semaphore,
-    waiting: Semaphore,
+    admission: Admission,
     engine: String,
     millicores: u32,
 }
 
-/// Uploads that may wait for a compilation. Each holds a connection and a temporary file.
-const MAX_WAITING: usize = 64;
+/// Compilations of one tenant: one at a time, so that a tenant who uploads what takes for ever to compile keeps only
+/// itself waiting.
+const ALLOWANCE: Allowance = Allowance { running: 1, waiting: 16 };
+
+/// Compilations at once for each CPU. More than one, as not every one that runs is of somebody who is in a hurry.
+const RUNNING_PER_CPU: usize = 2;
+
+/// Uploads that may wait for their compilation. Each holds a connection and a temporary file.
+const MAX_WAITING: usize = 256;
+
+/// How long an upload may wait: twice what the largest modules seen take to compile on two CPUs.
+const QUEUE_TIMEOUT: Duration = Duration::from_secs(20);
 
 impl Compiler {
     /// `engine` is the fingerprint of this server's WebAssembly engine.
@@ -73,8 +81,12 @@ impl Compiler {
         Self {
             launcher,
             limits,
-            running: Semaphore::new(cpus),
-            waiting: Semaphore::new(MAX_WAITING),
+            admission: Admission::new(Capacity {
+                jobs_running: cpus * RUNNING_PER_CPU,
+                pids: u64::MAX,
+                jobs_queued: MAX_WAITING,
+                queue_timeout: QUEUE_TIMEOUT,
+            }),
             engine,
             millicores: u32::try_from(cpus * 1000).unwrap_or(u32::MAX),
         }
@@ -90,24 +102,17 @@ impl Compiler {
     ///
     /// # Errors
     /// See [`CompileError`].
-    pub async fn compile(
-        &self,
-        dir: &DataDir,
-        tenant: &Name,
-        ceiling: Ceiling,
-        source: File,
-    ) -> Result<TempFile, CompileError> {
-        let _waiting = self.waiting.try_acquire().map_err(|_| CompileError::Busy)?;
-        let _running = self.running.acquire().await.map_err(|error| CompileError::Host(error.into()))?;
+    pub async fn compile(&self, dir: &DataDir, tenant: &Tenant, source: File) -> Result<TempFile, CompileError> {
+        let _permit = self.admission.admit_within(tenant, ALLOWANCE, 0).await.map_err(CompileError::Busy)?;
         let out = TempFile::make(dir).map_err(|error| CompileError::Host(error.into()))?;
-        self.run(tenant, ceiling, source, &out).await?;
+        self.run(tenant, source, &out).await?;
         Ok(out)
     }
 
-    async fn run(&self, tenant: &Name, ceiling: Ceiling, source: File, out: &TempFile) -> Result<(), CompileError> {
+    async fn run(&self, tenant: &Tenant, source: File, out: &TempFile) -> Result<(), CompileError> {
         let host = |error: anyhow::Error| CompileError::Host(error);
         let sandbox = |error: SandboxError| CompileError::Host(error.into());
-        let mut running = self.launcher.launch(self.spec(tenant, ceiling), source).map_err(sandbox)?;
+        let mut running = self.launcher.launch(self.spec(tenant), source).map_err(sandbox)?;
         running.ready().await.map_err(sandbox)?;
         let Stdio { stdout, theirs: [_, theirs, _], .. } = Stdio::make().map_err(|error| host(error.into()))?;
         let null = || OpenOptions::new().read(true).write(true).open("/dev/null").map(OwnedFd::from);
@@ -122,7 +127,7 @@ impl Compiler {
         self.verdict(end, report, written)
     }
 
-    fn spec(&self, tenant: &Name, ceiling: Ceiling) -> SandboxSpec {
+    fn spec(&self, tenant: &Tenant) -> SandboxSpec {
         let limits = Limits {
             memory_bytes: self.limits.memory_bytes,
             cpu_millicores: self.millicores,
@@ -136,7 +141,7 @@ impl Compiler {
             stack_bytes: 8 << 20,
         };
         let program = COMPILER.parse().unwrap_or_else(|_| unreachable!("`{COMPILER}` is a name"));
-        SandboxSpec { tenant: tenant.clone(), ceiling, kind: Kind::Compile, program, limits }
+        SandboxSpec { tenant: tenant.name().clone(), ceiling: tenant.ceiling(), kind: Kind::Compile, program, limits }
     }
 
     fn verdict(&self, end: SandboxReport, report: Option<Report>, written: u64) -> Result<(), CompileError> {

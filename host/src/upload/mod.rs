@@ -108,7 +108,7 @@ impl Upload {
             Runtime::Native => None,
             Runtime::Wasm => {
                 let source = artifact.reopen().map_err(|error| CompileError::Host(error.into()))?;
-                let compiled = compiler.compile(dir, tenant.name(), tenant.ceiling(), source).await?;
+                let compiled = compiler.compile(dir, tenant, source).await?;
                 Some((compiled, compiler.engine().to_owned()))
             }
         };

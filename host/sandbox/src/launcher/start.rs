@@ -13,6 +13,7 @@ use nix::mount::{MntFlags, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::epoll::{Epoll, EpollCreateFlags};
 use nix::sys::prctl;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{Pid, chdir, fchdir, pivot_root, setsid};
 
@@ -191,6 +192,7 @@ fn settle<'w>(
             .map_err(fail("leave the host's network and IPC namespaces"))?;
         prctl::set_name(c"holm-launcher").map_err(fail("set the process name"))?;
         let sweeper = sweeper::start(&proof, &tree.remains(), uids.claim_fd()).map_err(fail("fork the sweeper"))?;
+        raise_open_files();
         keep_few_capabilities().map_err(|error| format!("drop capabilities: {error}"))?;
         identity::become_non_dumpable().map_err(fail("become non-dumpable"))?;
         let own = verify::namespaces_of(Pid::this()).map_err(|error| format!("read own namespaces: {error}"))?;
@@ -238,6 +240,14 @@ fn leave_mounts() -> nix::Result<()> {
     chdir("/")?;
     debug_assert_eq!(root::MOUNT_POINT, c"/new");
     Ok(())
+}
+
+/// Raises the number of open files to the hard limit: each sandbox takes some ten.
+fn raise_open_files() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        // a lower limit is still a limit: launches beyond it are refused
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
 }
 
 fn keep_few_capabilities() -> Result<(), caps::errors::CapsError> {

@@ -1,13 +1,10 @@
 //! Liveness, readiness, and the API's own description: the routes that need no key.
 
-use std::sync::Arc;
+use std::sync::LazyLock;
 
-use axum::Router;
 use axum::extract::State;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
-use utoipa::openapi::OpenApi as Document;
 
 use crate::server::app::App;
 use crate::server::problem::{Code, Problem};
@@ -30,14 +27,11 @@ pub(super) async fn readyz(State(app): State<App>) -> Response {
     "ok\n".into_response()
 }
 
-/// Adds `/openapi.json`, the document itself.
-pub(super) fn document(document: &Document) -> Router<App> {
-    let json: Arc<str> = document.to_json().unwrap_or_default().into();
-    Router::new().route(
-        "/openapi.json",
-        get(async move || {
-            let json_type = HeaderValue::from_static("application/json");
-            ([(header::CONTENT_TYPE, json_type)], json.to_string())
-        }),
-    )
+/// This description of the API, an OpenAPI 3.1 document.
+#[utoipa::path(get, path = "/openapi.json", security(()),
+    responses((status = 200, description = "the document", content_type = "application/json", body = Object)))]
+pub(super) async fn openapi_json() -> Response {
+    static DOCUMENT: LazyLock<String> = LazyLock::new(|| super::openapi().to_json().unwrap_or_default());
+    let json_type = HeaderValue::from_static("application/json");
+    ([(header::CONTENT_TYPE, json_type)], DOCUMENT.as_str()).into_response()
 }

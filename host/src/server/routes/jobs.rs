@@ -119,9 +119,10 @@ pub(super) async fn list(
     State(app): State<App>,
     caller: Caller,
     Params(tenant): Params<String>,
-    Query(query): Query<ListQuery>,
+    query: Query<ListQuery>,
 ) -> Result<Response, Problem> {
     let tenant = app.tenant(&caller, &tenant)?;
+    let query = query.get()?;
     let state = match query.state.as_deref() {
         None => None,
         Some(word) => Some(JobState::from_word(word).ok_or_else(|| {

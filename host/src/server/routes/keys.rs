@@ -82,6 +82,9 @@ pub(super) async fn delete(
 ) -> Result<StatusCode, Problem> {
     let tenant = app.tenant(&caller, &tenant)?;
     let id = id.parse::<Uuid>().map_err(|_| Problem::not_found())?;
+    if !app.store.keys(tenant.name()).iter().any(|key| key.id == id) {
+        return Err(Problem::not_found());
+    }
     caller.operator()?;
     match app.store.delete_key(tenant.name().clone(), id).await? {
         true => Ok(StatusCode::NO_CONTENT),

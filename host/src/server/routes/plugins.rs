@@ -15,6 +15,7 @@ use serde_json::{Map, Value};
 use utoipa::{IntoParams, ToSchema};
 
 use super::tenants::patched;
+use crate::admission::AdmissionError;
 use crate::limit::{Limits, Runtime};
 use crate::plugin::{Interface, Plugin, PluginSettings};
 use crate::server::app::{App, Params, Query, invalid_name};
@@ -110,12 +111,13 @@ pub(super) async fn put(
     State(app): State<App>,
     caller: Caller,
     Params((tenant, name)): Params<(String, String)>,
-    Query(query): Query<UploadQuery>,
+    query: Query<UploadQuery>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
     let tenant = app.tenant(&caller, &tenant)?;
     let name = name.parse().map_err(|error| invalid_name(&error))?;
+    let query = query.get()?;
     let conditions = Conditions::of(&headers)?;
     let now = app.store.plugin(tenant.name(), &name);
     let allowed = precondition(conditions);
@@ -267,7 +269,12 @@ fn not_received<E>(error: UploadError<E>, broken: impl FnOnce(E) -> Problem) -> 
 fn not_ready(error: &CompileError) -> Problem {
     match error {
         CompileError::Invalid(_) | CompileError::OverLimit(_) => invalid_artifact(error.to_string()),
-        CompileError::Busy => Problem::new(Code::ServerFull, error.to_string()).retry_after(2),
+        CompileError::Busy(AdmissionError::TenantQueueFull(_) | AdmissionError::TenantBusy(_)) => {
+            let detail = "the tenant's own compilations take all that one tenant may have";
+            Problem::new(Code::QuotaExceeded, detail).with("quota", "compilations").retry_after(5)
+        }
+        CompileError::Busy(AdmissionError::Draining) => AdmissionError::Draining.into(),
+        CompileError::Busy(_) => Problem::new(Code::ServerFull, error.to_string()).retry_after(5),
         CompileError::Host(_) => Problem::internal(error),
     }
 }
