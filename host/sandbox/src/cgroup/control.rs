@@ -7,12 +7,7 @@ use super::{v1, v2};
 
 /// The CFS period. The kernel's own default: shorter ones cost more timer work and bound bursts no better for jobs
 /// that run for milliseconds.
-pub(super) const CPU_PERIOD_US: u64 = 100_000;
-
-/// CPU time per period.
-pub(super) fn cpu_quota_us(millicores: u32) -> i64 {
-    i64::from(millicores) * i64::try_from(CPU_PERIOD_US / 1000).unwrap_or(i64::MAX)
-}
+const CPU_PERIOD_US: u32 = 100_000;
 
 /// The directory that serves a role, and the version whose files it has.
 pub(super) struct Control<'a> {
@@ -36,7 +31,9 @@ impl<'a> Control<'a> {
     }
 
     pub(super) fn limit_cpu(&self, millicores: u32) -> nix::Result<()> {
-        if self.v2 { v2::limit_cpu(self.dir, millicores) } else { v1::limit_cpu(self.dir, millicores) }
+        let quota_us = u64::from(millicores) * u64::from(CPU_PERIOD_US) / 1000;
+        let limit = if self.v2 { v2::limit_cpu } else { v1::limit_cpu };
+        limit(self.dir, quota_us, CPU_PERIOD_US.into())
     }
 
     pub(super) fn weigh_cpu(&self, weight: u32) -> nix::Result<()> {

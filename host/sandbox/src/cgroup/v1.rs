@@ -10,7 +10,6 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::control::{CPU_PERIOD_US, cpu_quota_us};
 use super::dir::Dir;
 
 /// Limits memory, and memory plus swap to the same value, so that swapping is no way around the limit.
@@ -33,10 +32,10 @@ pub(super) fn limit_memory(dir: &Dir, bytes: u64) -> nix::Result<()> {
     if raising { errno(memory.set_limit(bytes)) } else { Ok(()) }
 }
 
-pub(super) fn limit_cpu(dir: &Dir, millicores: u32) -> nix::Result<()> {
+pub(super) fn limit_cpu(dir: &Dir, quota_us: u64, period_us: u64) -> nix::Result<()> {
     let cpu = CpuController::new(dir.path(), false);
-    errno(cpu.set_cfs_period(CPU_PERIOD_US))?;
-    errno(cpu.set_cfs_quota(cpu_quota_us(millicores)))
+    errno(cpu.set_cfs_period(period_us))?;
+    errno(cpu.set_cfs_quota(i64::try_from(quota_us).map_err(|_| Errno::ERANGE)?))
 }
 
 /// `cpu.shares` is 1024 where `cpu.weight` is 100, within the kernel's bounds of 2 and 2^18.

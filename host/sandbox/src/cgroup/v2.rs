@@ -3,7 +3,6 @@
 
 use nix::errno::Errno;
 
-use super::control::{CPU_PERIOD_US, cpu_quota_us};
 use super::dir::Dir;
 
 /// The controllers that this cgroup could give to its children.
@@ -30,8 +29,8 @@ pub(super) fn kill_whole_group_on_oom(dir: &Dir) -> nix::Result<()> {
     dir.write("memory.oom.group", "1")
 }
 
-pub(super) fn limit_cpu(dir: &Dir, millicores: u32) -> nix::Result<()> {
-    dir.write("cpu.max", &format!("{} {CPU_PERIOD_US}", cpu_quota_us(millicores)))
+pub(super) fn limit_cpu(dir: &Dir, quota_us: u64, period_us: u64) -> nix::Result<()> {
+    dir.write("cpu.max", &format!("{quota_us} {period_us}"))
 }
 
 pub(super) fn weigh_cpu(dir: &Dir, weight: u32) -> nix::Result<()> {
