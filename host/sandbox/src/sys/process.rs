@@ -140,20 +140,20 @@ pub(crate) fn join_new_session_keyring() -> nix::Result<()> {
 }
 
 /// Sets every signal to its default action and unblocks all: what a program expects to start with.
+///
+/// By the system call itself: the C library keeps two signals for itself, will not touch them here, and yet leaves them
+/// ignored in what it spawns.
 pub(crate) fn reset_signals() -> nix::Result<()> {
-    // SAFETY: an all-zero sigaction is SIG_DFL with no flags and an empty mask.
-    let default: libc::sigaction = unsafe { std::mem::zeroed() };
-    for signal in 1..=libc::SIGRTMAX() {
-        if matches!(signal, libc::SIGKILL | libc::SIGSTOP) {
-            continue;
-        }
-        // SAFETY: `default` outlives the call; no handler of ours is relied upon in this process.
-        let ret = unsafe { libc::sigaction(signal, &raw const default, std::ptr::null_mut()) };
-        match check(ret.into()) {
-            // 32 and 33 are the C library's own
-            Ok(_) | Err(Errno::EINVAL) => {}
-            Err(errno) => return Err(errno),
-        }
+    const SIGNALS: i32 = 64;
+    const MASK_BYTES: usize = 8;
+    // the kernel's sigaction: handler, flags, restorer, mask; all zero is SIG_DFL with no flags and an empty mask
+    let default = [0_u64; 4];
+    for signal in (1..=SIGNALS).filter(|signal| !matches!(*signal, libc::SIGKILL | libc::SIGSTOP)) {
+        // SAFETY: `default` is as large as the kernel's structure and outlives the call; no handler of ours is relied
+        // upon in this process.
+        check(unsafe {
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), std::ptr::null_mut::<u64>(), MASK_BYTES)
+        })?;
     }
     nix::sys::signal::SigSet::empty().thread_set_mask()
 }
