@@ -123,12 +123,14 @@ pub(super) fn parse_object<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Probl
 
 /// JSON routes take JSON, or a body of no declared type.
 fn refuse_other_type(headers: &HeaderMap) -> Result<(), Problem> {
-    let Some(value) = headers.get(header::CONTENT_TYPE) else {
-        return Ok(());
-    };
-    let essence = value.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-    if matches!(essence.as_str(), "application/json" | "application/merge-patch+json") {
-        return Ok(());
+    match media_type(headers).as_deref() {
+        None | Some("application/json" | "application/merge-patch+json") => Ok(()),
+        Some(_) => Err(Problem::new(Code::UnsupportedMediaType, "send JSON with `Content-Type: application/json`")),
     }
-    Err(Problem::new(Code::UnsupportedMediaType, "send JSON with `Content-Type: application/json`"))
+}
+
+/// The `type/subtype` of the body, in small letters.
+pub(super) fn media_type(headers: &HeaderMap) -> Option<String> {
+    let value = headers.get(header::CONTENT_TYPE)?.to_str().unwrap_or_default();
+    Some(value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase())
 }

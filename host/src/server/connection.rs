@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::io;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
-use hyper::body::{Body as HttpBody, Frame, SizeHint};
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
@@ -59,7 +60,13 @@ pub(super) struct Connection {
     hurry: Notify,
     /// Somebody else needs its place.
     evict: Notify,
+    /// The last request was answered before all of its body had come.
+    unread: AtomicBool,
 }
+
+/// The most bytes of a body that nobody wants that are read before the connection is closed: the longest body that any
+/// route can take.
+const MAX_LINGER_BYTES: u64 = 256 << 20;
 
 /// A connection's place in the table.
 #[derive(Debug)]
@@ -91,6 +98,7 @@ impl Connections {
             state: Mutex::new((Phase::Headers, Instant::now(), 0)),
             hurry: Notify::new(),
             evict: Notify::new(),
+            unread: AtomicBool::new(false),
         });
         table.open.insert(id, connection.clone());
         Some(Seat { table: self.clone(), id, connection })
@@ -117,6 +125,19 @@ impl Connection {
     pub(super) fn begin(&self) {
         let mut state = self.state();
         *state = (Phase::Busy, Instant::now(), state.2 + 1);
+        self.unread.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether the request is done with before all of its body has come. The connection cannot serve another one then.
+    pub(super) fn is_unread(&self) -> bool {
+        self.unread.load(Ordering::Relaxed)
+    }
+
+    /// It waits for the rest of a body that nobody wants, no longer than for the headers of a request.
+    fn linger(&self) {
+        let mut state = self.state();
+        *state = (Phase::Headers, Instant::now(), state.2);
+        self.hurry.notify_one();
     }
 
     /// Its answer has been sent or given up.
@@ -170,11 +191,20 @@ pub(super) struct WatchedStream<S> {
     pace: Pace,
     /// The request whose answer `pace` is about.
     request: u64,
+    closing: Closing,
+}
+
+/// How far the closing of a connection is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Closing {
+    Open,
+    /// Our side is closed; so many more bytes of the client's are read.
+    Lingering(u64),
 }
 
 impl<S> WatchedStream<S> {
     pub(super) fn new(stream: S, connection: Arc<Connection>, rule: PaceRule) -> Self {
-        Self { stream, connection, rule, pace: Pace::new(rule), request: 0 }
+        Self { stream, connection, rule, pace: Pace::new(rule), request: 0, closing: Closing::Open }
     }
 
     fn paced<T>(&mut self, cx: &mut Context<'_>, polled: Poll<io::Result<T>>, moved: usize) -> Poll<io::Result<T>> {
@@ -208,7 +238,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for WatchedStream<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for WatchedStream<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for WatchedStream<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let polled = Pin::new(&mut this.stream).poll_write(cx, buf);
@@ -237,10 +267,72 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for WatchedStream<S> {
         this.paced(cx, polled, 0)
     }
 
+    /// Closes our side. If a request was answered before its body had come, what still comes of it is read and thrown
+    /// away for a while: closing a socket with unread bytes resets the connection, and a client that first sends and
+    /// then reads would never see the answer (RFC 9112, section 9.6).
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        let polled = Pin::new(&mut this.stream).poll_shutdown(cx);
-        this.paced(cx, polled, 0)
+        if this.closing == Closing::Open {
+            let polled = Pin::new(&mut this.stream).poll_shutdown(cx);
+            ready!(this.paced(cx, polled, 0))?;
+            if !this.connection.is_unread() {
+                return Poll::Ready(Ok(()));
+            }
+            this.connection.linger();
+            this.closing = Closing::Lingering(MAX_LINGER_BYTES);
+        }
+        let mut scratch = [0; 8 * 1024];
+        while let Closing::Lingering(left @ 1..) = this.closing {
+            let mut buffer = ReadBuf::new(&mut scratch);
+            match ready!(Pin::new(&mut this.stream).poll_read(cx, &mut buffer)) {
+                Ok(()) if !buffer.filled().is_empty() => {
+                    this.closing = Closing::Lingering(left.saturating_sub(buffer.filled().len() as u64));
+                }
+                _ => break,
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// A request's body. Dropping it before its end leaves bytes on the connection that nobody wants.
+#[derive(Debug)]
+pub(super) struct FirstBody {
+    body: Incoming,
+    ended: bool,
+    connection: Arc<Connection>,
+}
+
+impl FirstBody {
+    pub(super) fn new(body: Incoming, connection: Arc<Connection>) -> Self {
+        Self { body, ended: false, connection }
+    }
+}
+
+impl Drop for FirstBody {
+    fn drop(&mut self) {
+        if !self.ended && !self.body.is_end_stream() {
+            self.connection.unread.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+impl HttpBody for FirstBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        self.ended |= !matches!(frame, Some(Ok(_)));
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

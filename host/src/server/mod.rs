@@ -8,13 +8,14 @@ mod pace;
 mod problem;
 mod routes;
 
+use std::convert::Infallible;
 use std::io;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use axum::http::Request;
+use axum::http::{HeaderValue, Request, header};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -27,7 +28,7 @@ use utoipa::ToSchema;
 
 pub use self::app::{App, AppParts};
 pub use self::connection::ConnectionRules;
-use self::connection::{Connections, LastBody, Seat, WatchedStream};
+use self::connection::{Connections, FirstBody, LastBody, Seat, WatchedStream};
 pub use self::pace::PaceRule;
 pub use self::problem::{Code, Problem};
 pub use self::routes::openapi;
@@ -109,8 +110,12 @@ async fn converse(stream: TcpStream, seat: Seat, router: Router, rules: Connecti
         connection.begin();
         let (router, connection) = (router.clone(), connection.clone());
         async move {
-            let response = router.oneshot(request.map(Body::new)).await;
-            response.map(|response| response.map(|body| LastBody::new(body, connection)))
+            let request = request.map(|body| Body::new(FirstBody::new(body, connection.clone())));
+            let mut response = router.oneshot(request).await?;
+            if connection.is_unread() {
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, Infallible>(response.map(|body| LastBody::new(body, connection)))
         }
     });
     let mut served = std::pin::pin!(
