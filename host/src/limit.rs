@@ -305,6 +305,23 @@ impl Given {
         Ok(Self(given))
     }
 
+    /// Checks limits that are to be stored in the place of `kept`. A value that stays as it was may lie above a maximum
+    /// that was lowered since: it is cut when a job starts.
+    ///
+    /// # Errors
+    /// As for [`Given::read`].
+    pub fn check_change(
+        kept: &Map<String, Value>,
+        json: &Map<String, Value>,
+        runtime: Option<Runtime>,
+        maximums: &Maximums,
+    ) -> Result<(), LimitError> {
+        let stays = |(key, value): &(String, Value)| kept.get(key) == Some(value);
+        let (old, new): (Map<_, _>, Map<_, _>) = json.clone().into_iter().partition(stays);
+        Self::read(&old, runtime, &Maximums::default())?;
+        Self::read(&new, runtime, maximums).map(drop)
+    }
+
     /// Reads limits that were checked when they were stored.
     #[must_use]
     pub fn from_stored(json: &Map<String, Value>) -> Self {

@@ -131,7 +131,10 @@ async fn launch(
     let mut sandbox = jobs.0.launcher.launch(spec(request), artifact)?;
     let ready = tokio::select! {
         ready = sandbox.ready() => ready,
-        () = entry.cancel.cancelled() => return Ok(End::without_run(Outcome::Cancelled, *usage)),
+        () = entry.cancel.cancelled() => {
+            sandbox.end().await;
+            return Ok(End::without_run(Outcome::Cancelled, *usage));
+        }
     };
     let isolation = match ready {
         Ok(isolation) => isolation,

@@ -115,6 +115,14 @@ impl Sandbox {
         Ok((report, end?))
     }
 
+    /// Kills it, however far it has come, and waits until every process of it is dead.
+    pub async fn end(mut self) {
+        self.killer.killer.kill();
+        // the last event of every sandbox is its end; there is none if the launcher is gone and takes it along
+        while let Some(Event::Ready(_) | Event::Started) = self.events.recv().await {}
+        self.killer.ended = true;
+    }
+
     /// A handle that can kill it.
     #[must_use]
     pub fn killer(&self) -> Killer {

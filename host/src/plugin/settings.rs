@@ -59,15 +59,15 @@ const MAX_ARGS_AND_ENV: usize = 64 * 1024;
 const RESERVED_PREFIX: &str = "HOLM_";
 
 impl PluginSettings {
-    /// Checks every value for a plugin of `runtime`.
+    /// Checks every value for a plugin of `runtime` that has the settings `kept` so far.
     ///
     /// # Errors
     /// The first that cannot be taken.
-    pub fn check(&self, runtime: Runtime, maximums: &Maximums) -> Result<(), PluginSettingsError> {
+    pub fn check(&self, kept: &Self, runtime: Runtime, maximums: &Maximums) -> Result<(), PluginSettingsError> {
         let invalid = |field: &'static str| move |what| PluginSettingsError::Invalid(format!("`{field}`: {what}"));
         check_args(&self.args).map_err(invalid("args"))?;
         check_env(&self.env).map_err(invalid("env"))?;
-        Given::read(&self.limits, Some(runtime), maximums)?;
+        Given::check_change(&kept.limits, &self.limits, Some(runtime), maximums)?;
         if let Some(content_type) = &self.output_content_type {
             check_content_type(content_type).map_err(invalid("output_content_type"))?;
         }
@@ -133,7 +133,7 @@ mod tests {
 
     fn check(json: Value) -> Result<(), PluginSettingsError> {
         let settings: PluginSettings = serde_json::from_value(json).unwrap();
-        settings.check(Runtime::Native, &Maximums::default())
+        settings.check(&PluginSettings::default(), Runtime::Native, &Maximums::default())
     }
 
     #[test]

@@ -67,18 +67,18 @@ pub enum SettingsError {
 }
 
 impl TenantSettings {
-    /// Checks every value.
+    /// Checks every value for a tenant that has the settings `kept` so far.
     ///
     /// # Errors
     /// The first that cannot be taken.
-    pub fn check(&self, server_maximums: &Given) -> Result<(), SettingsError> {
+    pub fn check(&self, kept: &Self, server_maximums: &Given) -> Result<(), SettingsError> {
         CeilingSettings::check(&self.limits)?;
         Quota::check(&self.quota)?;
         let server = Maximums::least_of(vec![server_maximums.clone()]);
         let limit = |field| move |error| SettingsError::Limit { field, error };
-        let maximums = Given::read(&self.job_maximums, None, &server).map_err(limit("job_maximums"))?;
-        let own = Maximums::least_of(vec![server_maximums.clone(), maximums]);
-        Given::read(&self.job_defaults, None, &own).map_err(limit("job_defaults"))?;
+        Given::check_change(&kept.job_maximums, &self.job_maximums, None, &server).map_err(limit("job_maximums"))?;
+        let own = Maximums::least_of(vec![server_maximums.clone(), self.job_maximums()]);
+        Given::check_change(&kept.job_defaults, &self.job_defaults, None, &own).map_err(limit("job_defaults"))?;
         if self.priority.is_some() {
             return Err(SettingsError::NotAvailable { field: "priority".into() });
         }

@@ -43,7 +43,9 @@ pub(super) async fn bare(finished: Finished, plugin: &Plugin) -> Result<Response
 pub(super) async fn representation(finished: Finished, operator: bool) -> Result<Response, Problem> {
     let Finished { record, output, stderr_tail } = finished;
     if let Some(problem) = input_too_long(&record) {
-        return Ok(problem.into_response());
+        let mut response = problem.into_response();
+        add_facts(response.headers_mut(), &record);
+        return Ok(response);
     }
     let shown = if operator { record.clone() } else { record.clone().for_tenant() };
     let mut object = json!(shown);

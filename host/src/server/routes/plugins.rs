@@ -20,7 +20,7 @@ use crate::limit::{Limits, Runtime};
 use crate::plugin::{Interface, Plugin, PluginSettings};
 use crate::server::app::{App, Params, Query, invalid_name};
 use crate::server::body::{
-    BodyError, PacedBody, parse_object, read_json, refuse_encoding, refuse_longer_than, too_large,
+    BodyError, PacedBody, media_type, parse_object, read_json, refuse_encoding, refuse_longer_than, too_large,
 };
 use crate::server::conditions::{Conditions, etag, etag_header};
 use crate::server::problem::{Code, Problem};
@@ -74,6 +74,15 @@ pub(super) struct UploadQuery {
     public: Option<bool>,
 }
 
+impl UploadQuery {
+    /// The settings with those of the query over them.
+    fn over(&self, mut settings: PluginSettings) -> PluginSettings {
+        settings.interface = self.interface.unwrap_or(settings.interface);
+        settings.public = self.public.unwrap_or(settings.public);
+        settings
+    }
+}
+
 /// Lists a tenant's plugins.
 #[utoipa::path(get, path = "/v1/tenants/{t}/plugins", params(("t" = String, Path, description = "the tenant")),
     responses((status = 200, body = inline(PluginList))))]
@@ -119,17 +128,27 @@ pub(super) async fn put(
     let name = name.parse().map_err(|error| invalid_name(&error))?;
     let query = query.get()?;
     let conditions = Conditions::of(&headers)?;
-    let now = app.store.plugin(tenant.name(), &name);
-    let allowed = precondition(conditions);
     let (upload, manifest) = receive_upload(&app, &tenant, &headers, body).await?;
-
-    // an artifact alone keeps what was set before; a manifest is the whole of what is set
-    let mut settings = manifest.or_else(|| now.map(|now| now.settings.clone())).unwrap_or_default();
-    settings.interface = query.interface.unwrap_or(settings.interface);
-    settings.public = query.public.unwrap_or(settings.public);
-    settings.check(upload.runtime, &tenant.job_maximums(&app.job_maximums))?;
-
+    let (runtime, maximums) = (upload.runtime, tenant.job_maximums(&app.job_maximums));
+    // a manifest is the whole of what is set; an artifact alone keeps what was set before
+    let kept = || match &manifest {
+        Some(_) => PluginSettings::default(),
+        None => app.store.plugin(tenant.name(), &name).map(|now| now.settings.clone()).unwrap_or_default(),
+    };
+    let check = |kept: &PluginSettings| {
+        let settings = query.over(manifest.as_ref().unwrap_or(kept).clone());
+        settings.check(kept, runtime, &maximums).map(|()| settings)
+    };
+    check(&kept())?;
     let ready = upload.make_ready(app.store.dir(), &app.compiler, &tenant).await.map_err(|error| not_ready(&error))?;
+
+    // an upload takes long enough for a change of the settings to come between
+    let kept = kept();
+    let settings = check(&kept)?;
+    let allowed: Precondition<Plugin> = Box::new(move |now| {
+        let still = || now.map(|now| now.settings.clone()).unwrap_or_default() == kept;
+        (manifest.is_some() || still()) && conditions.hold(now.map(plugin_etag).as_deref())
+    });
     let updated_at = Timestamp::now();
     let plugin = Plugin {
         tenant: tenant.name().clone(),
@@ -165,7 +184,7 @@ pub(super) async fn patch(
     let conditions = Conditions::of(&headers)?;
     let patch: Map<String, Value> = read_json(&headers, body, app.connections.reading).await?;
     let settings: PluginSettings = patched(&now.settings, patch)?;
-    settings.check(now.runtime, &tenant.job_maximums(&app.job_maximums))?;
+    settings.check(&now.settings, now.runtime, &tenant.job_maximums(&app.job_maximums))?;
     let plugin = Plugin { settings, updated_at: Timestamp::now(), ..(*now).clone() };
     // what was patched must still be there, whatever else the request demands
     let seen = plugin_etag(&now);
@@ -210,13 +229,14 @@ async fn receive_upload(
 ) -> Result<(Upload, Option<PluginSettings>), Problem> {
     refuse_encoding(headers)?;
     let most = tenant.quota().get(QuotaKey::ArtifactBytes);
-    let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let Ok(boundary) = multer::parse_boundary(content_type) else {
+    if media_type(headers).as_deref() != Some("multipart/form-data") {
         refuse_longer_than(headers, most)?;
         let body = PacedBody::new(body, app.connections.reading);
         let upload = receive(app.store.dir(), most, body).await.map_err(|error| not_received(error, Problem::from))?;
         return Ok((upload, None));
-    };
+    }
+    let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let boundary = multer::parse_boundary(content_type).map_err(broken_multipart)?;
     let whole = most + MAX_MANIFEST_BYTES + MULTIPART_OVERHEAD_BYTES;
     refuse_longer_than(headers, whole)?;
     let sizes = SizeLimit::new().whole_stream(whole).for_field("manifest", MAX_MANIFEST_BYTES);

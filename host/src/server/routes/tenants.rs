@@ -74,7 +74,7 @@ pub(super) async fn put(
     let name = app.operator_on(&caller, &name)?;
     let conditions = Conditions::of(&headers)?;
     let settings: TenantSettings = read_json(&headers, body, app.connections.reading).await?;
-    settings.check(&app.job_maximums)?;
+    settings.check(&TenantSettings::default(), &app.job_maximums)?;
     let row = TenantRow { name, settings, created_at: Timestamp::now() };
     let change = app.store.put_tenant(row.clone(), precondition(conditions)).await?;
     app.launcher.set_ceiling(row.name.clone(), row.settings.ceiling());
@@ -97,7 +97,7 @@ pub(super) async fn patch(
     let conditions = Conditions::of(&headers)?;
     let patch: Map<String, Value> = read_json(&headers, body, app.connections.reading).await?;
     let settings: TenantSettings = patched(&tenant.row().settings, patch)?;
-    settings.check(&app.job_maximums)?;
+    settings.check(&tenant.row().settings, &app.job_maximums)?;
     let now = tenant.row();
     let row = TenantRow { settings, ..now.clone() };
     // what was patched must still be there, whatever else the request demands
