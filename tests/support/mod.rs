@@ -5,6 +5,10 @@
 #![allow(dead_code, unreachable_pub)] // each test file uses its own part of it
 #![allow(clippy::unwrap_used)] // a test that cannot go on should say where
 
+pub mod inspect;
+pub mod raw;
+pub mod wat;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -209,7 +213,9 @@ impl Server {
     pub fn job(&self, tenant: &str, plugin: &str, args: &Value, limits: &Value, input: &[u8]) -> Value {
         let (args, limits) = (args.to_string(), limits.to_string());
         let headers = [("prefer", "return=representation"), ("holm-args", &args), ("holm-limits", &limits)];
-        self.operator("POST", &format!("/v1/tenants/{tenant}/plugins/{plugin}/jobs"), &headers, input).expect(200).json()
+        self.operator("POST", &format!("/v1/tenants/{tenant}/plugins/{plugin}/jobs"), &headers, input)
+            .expect(200)
+            .json()
     }
 
     /// Waits until the tenant has a job in this state, and gives its record.
@@ -220,6 +226,14 @@ impl Server {
             let jobs = self.get(&path).expect(200).json();
             jobs["jobs"].as_array().unwrap().first().cloned()
         })
+    }
+
+    /// Fails unless the probe of tenant `t` runs, and nothing has happened that a person should look at.
+    #[track_caller]
+    pub fn assert_healthy(&self) {
+        assert_eq!(self.probe(&["exit", "0"], &json!({}))["outcome"]["kind"], "exited");
+        let log = self.log();
+        assert!(!log.contains(" ERROR ") && !log.contains("panicked"), "{log}");
     }
 
     /// Sends a signal to the server.

@@ -83,9 +83,7 @@ pub(crate) fn fork_until_refused(most: usize) -> usize {
     let mut children = Vec::new();
     while children.len() < most {
         match fork() {
-            Ok(Forked::Child) => loop {
-                std::thread::sleep(Duration::from_secs(60));
-            },
+            Ok(Forked::Child) => linger(),
             Ok(Forked::Parent(child)) => children.push(child),
             Err(_) => break,
         }
@@ -100,13 +98,17 @@ pub(crate) fn fork_until_refused(most: usize) -> usize {
 }
 
 /// Every process forks as fast as it can, `most` times each, and then waits for its end.
-pub(crate) fn fork_bomb(most: usize) {
+pub(crate) fn fork_bomb(most: usize) -> ! {
     for _ in 0..most {
         let _ = fork();
     }
-    loop {
-        std::thread::sleep(Duration::from_secs(60));
-    }
+    linger()
+}
+
+/// Waits to be killed, but not for ever.
+fn linger() -> ! {
+    std::thread::sleep(Duration::from_secs(30));
+    exit_now(0)
 }
 
 /// Starts threads that wait, until it is refused or has `most`. Tells how many there were, the main one included.

@@ -4,6 +4,7 @@
 //! so that they do no harm outside of a sandbox: the last argument of each says when.
 
 mod appetite;
+mod reach;
 mod report;
 mod sys;
 
@@ -29,13 +30,33 @@ fn run(words: &[&str]) -> Result<ExitCode> {
     match words {
         // what is there
         ["report"] => say(&report::everything().to_string())?,
+        ["report-and-wait"] => {
+            say(&report::everything().to_string())?;
+            io::copy(&mut io::stdin(), &mut io::sink())?;
+        }
+        ["list", dir] => say(&reach::list(dir)?.to_string())?,
         ["args"] => say(&serde_json::to_string(&std::env::args().collect::<Vec<_>>())?)?,
+
+        // what can be reached
+        ["open", paths @ ..] => say(&reach::open(paths).to_string())?,
+        ["writable", root] => say(&reach::writable(root).to_string())?,
+        ["forbidden-calls"] => say(&reach::forbidden_calls().to_string())?,
+        ["sockets"] => say(&reach::sockets().to_string())?,
+        ["lock", path, ms] => reach::lock(path, Duration::from_millis(ms.parse()?))?,
+        ["keep", name] => reach::keep(name)?,
+        ["strike-init"] => reach::strike_init()?,
+        ["forge", code] => {
+            reach::forge()?;
+            return Ok(ExitCode::from(code.parse::<u8>()?));
+        }
 
         // how a program ends
         ["exit", code] => return Ok(ExitCode::from(code.parse::<u8>()?)),
         ["abort"] => std::process::abort(),
         ["signal", number] => sys::raise(number.parse()?)?,
         ["segfault"] => sys::segfault(),
+        ["x32-call"] => say(&sys::x32_call().to_string())?,
+        ["i386-call"] => say(&sys::i386_call().to_string())?,
         ["overflow-stack"] => return Ok(ExitCode::from(u8::from(appetite::overflow_stack(0) == 0))),
 
         // how long

@@ -32,10 +32,13 @@ pub(crate) fn everything() -> Value {
         "fds": fds(),
         "tree": tree(),
         "pids": pids(),
+        "proc": names_in_proc(),
         "net": interfaces(),
         "rlimits": rlimits(),
         "landlock_proof": fs::File::open("/.landlock").map(|_| "opened".to_owned()).unwrap_or_else(|e| e.to_string()),
-        "sockets": { "unix": sys::socket(libc::AF_UNIX), "inet": sys::socket(libc::AF_INET) },
+        "sockets": crate::reach::sockets(),
+        "kin": kin(),
+        "terminal": fs::File::open("/dev/tty").map(|_| "opened".to_owned()).unwrap_or_else(|e| e.to_string()),
     })
 }
 
@@ -117,6 +120,22 @@ fn pids() -> Value {
     };
     let numbers = dir.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     numbers.collect::<Vec<_>>().into()
+}
+
+/// What `/proc` shows besides pids.
+fn names_in_proc() -> Value {
+    let Ok(dir) = fs::read_dir("/proc") else {
+        return Value::Null;
+    };
+    let names = dir.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let mut names: Vec<String> = names.filter(|name| name.parse::<u32>().is_err()).collect();
+    names.sort();
+    names.into()
+}
+
+fn kin() -> Value {
+    let (session, group, parent) = sys::kin();
+    json!({"session": session, "group": group, "parent": parent})
 }
 
 /// Network interfaces and whether they are up.

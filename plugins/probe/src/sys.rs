@@ -80,14 +80,56 @@ pub(crate) fn dumpable() -> i32 {
     unsafe { libc::prctl(libc::PR_GET_DUMPABLE) }
 }
 
-/// The number of an interface's address family that a socket can be made of, or the errno.
-pub(crate) fn socket(family: i32) -> i32 {
+/// 0 if a socket of this family can be made, else the errno.
+pub(crate) fn socket(family: i32, kind: i32) -> i32 {
     // SAFETY: no memory is involved.
-    let fd = unsafe { libc::socket(family, libc::SOCK_STREAM, 0) };
+    let fd = unsafe { libc::socket(family, kind, 0) };
     if fd == -1 {
         return io::Error::last_os_error().raw_os_error().unwrap_or(0);
     }
     // SAFETY: `fd` is ours.
     unsafe { libc::close(fd) };
     0
+}
+
+/// The errno of a system call by its number; 0 is success. A process that it made ends at once.
+pub(crate) fn raw(number: libc::c_long, args: [usize; 5]) -> i32 {
+    let [a, b, c, d, e] = args;
+    // SAFETY: the callers give arguments that no call can do anything with: no valid address among them.
+    let ret = unsafe { libc::syscall(number, a, b, c, d, e) };
+    if ret == -1 { io::Error::last_os_error().raw_os_error().unwrap_or(-1) } else { 0 }
+}
+
+/// Writes as much as the descriptor takes, if it is open at all.
+pub(crate) fn write(fd: i32, bytes: &[u8]) {
+    // SAFETY: `bytes` outlives the call, and the length is its own.
+    unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) };
+}
+
+/// `getpid` by the x32 ABI, whose numbers a filter for x86-64 alone may overlook.
+pub(crate) fn x32_call() -> i64 {
+    const X32_BIT: i64 = 0x4000_0000;
+    // SAFETY: no memory is involved.
+    unsafe { libc::syscall(libc::SYS_getpid | X32_BIT) }
+}
+
+/// `getpid` by the 32-bit entry, where the numbers mean other calls.
+pub(crate) fn i386_call() -> i32 {
+    const GETPID: i32 = 20;
+    let pid: i32;
+    // SAFETY: the call takes no arguments and touches no memory; the kernel may overwrite r8 to r11.
+    unsafe {
+        std::arch::asm!("int 0x80", inlateout("eax") GETPID => pid, out("r8") _, out("r9") _, out("r10") _, out("r11") _);
+    }
+    pid
+}
+
+/// Session, process group and parent.
+pub(crate) fn kin() -> (i32, i32, i32) {
+    // SAFETY: no memory is involved.
+    let session = unsafe { libc::getsid(0) };
+    // SAFETY: no memory is involved.
+    let group = unsafe { libc::getpgrp() };
+    // SAFETY: no memory is involved.
+    (session, group, unsafe { libc::getppid() })
 }
