@@ -1,7 +1,7 @@
 //! The `limits` of a tenant: the ceiling over all of its jobs together.
 
 use holm_sandbox::limits::Ceiling;
-use serde_json::{Map, Value};
+use serde_json::{Map, Number, Value};
 
 use super::SettingsError;
 
@@ -41,8 +41,9 @@ impl CeilingSettings {
                 return Err(SettingsError::Malformed(format!("`limits.{key}` is no whole number")));
             }
             if !(*minimum..=*maximum).contains(&float) {
-                let json = |bound: f64| {
-                    if key == "cpu_cores" { Value::from(bound) } else { Value::from(whole(bound)) }
+                let json = |bound: f64| match Number::from_f64(bound) {
+                    Some(fraction) if key == "cpu_cores" => fraction,
+                    _ => whole(bound).into(),
                 };
                 return Err(SettingsError::OutOfRange {
                     field: format!("limits.{key}"),

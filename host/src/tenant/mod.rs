@@ -28,13 +28,20 @@ pub struct TenantRow {
     pub created_at: Timestamp,
 }
 
-/// A tenant on whose behalf a request may act: proof that the caller was authenticated and may act for this tenant.
+/// A tenant on whose behalf a request may act: proof that the caller was authenticated and may act for this tenant, or
+/// calls what is public.
 ///
-/// Made by [`Caller::tenant`] alone.
+/// Made by [`Caller::tenant`] and [`Tenant::of_public_plugin`] alone.
 #[derive(Clone, Debug)]
 pub struct Tenant(Arc<TenantRow>);
 
 impl Tenant {
+    /// The tenant of a plugin that anyone may call, for that call.
+    #[must_use]
+    pub fn of_public_plugin(row: Arc<TenantRow>) -> Self {
+        Self(row)
+    }
+
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &Name {

@@ -46,9 +46,9 @@ pub enum SettingsError {
         /// What was given.
         given: Number,
         /// The least allowed.
-        minimum: Value,
+        minimum: Number,
         /// The greatest allowed.
-        maximum: Value,
+        maximum: Number,
     },
     /// A job limit that is wrong.
     #[error("`{field}`: {error}")]
