@@ -11,7 +11,9 @@ pub enum Format {
     Elf,
     /// A core WebAssembly module.
     Module,
-    /// The same in the text format.
+    /// A WebAssembly component.
+    Component,
+    /// A module or a component in the text format.
     Text,
 }
 
@@ -23,12 +25,9 @@ pub enum FormatError {
     Empty,
     /// Not one of the formats.
     #[error(
-        "not a format that can be run: {0}. Upload an ELF program for x86-64 Linux, a WebAssembly module, or WebAssembly text"
+        "not a format that can be run: {0}. Upload an ELF program for x86-64 Linux, a WebAssembly module or component, or WebAssembly text"
     )]
     Unknown(&'static str),
-    /// A component, which this version does not run.
-    #[error("a WebAssembly component: only core modules with wasip1 imports and a `_start` export can be run")]
-    Component,
     /// An ELF file that cannot be run here.
     #[error("ELF: {0}")]
     Elf(String),
@@ -47,8 +46,7 @@ pub fn inspect<'data, R: ReadRef<'data>>(data: R) -> Result<Format, FormatError>
     match head {
         [] => Err(FormatError::Empty),
         [0x7f, b'E', b'L', b'F', ..] => inspect_elf(head, data).map(|()| Format::Elf),
-        // the second half of the version word is the layer: 0 is a module, 1 a component
-        [0, b'a', b's', b'm', _, _, 1, 0, ..] => Err(FormatError::Component),
+        [0, b'a', b's', b'm', ..] if is_component(head) => Ok(Format::Component),
         [0, b'a', b's', b'm', ..] if head.len() >= 8 => Ok(Format::Module),
         [0, b'a', b's', b'm', ..] => {
             Err(FormatError::Unknown("a WebAssembly module that ends within its first 8 bytes"))
@@ -56,6 +54,11 @@ pub fn inspect<'data, R: ReadRef<'data>>(data: R) -> Result<Format, FormatError>
         _ if is_wasm_text(head) => Ok(Format::Text),
         _ => Err(FormatError::Unknown(describe(head))),
     }
+}
+
+/// Whether WebAssembly in binary form is a component: the second half of the version word is the layer, 0 for modules.
+pub(crate) fn is_component(wasm: &[u8]) -> bool {
+    wasm.get(6..8) == Some(&[1, 0])
 }
 
 /// Words for common mistakes.
@@ -303,7 +306,7 @@ mod tests {
     #[test]
     fn wasm_is_told_from_its_first_bytes() {
         assert_eq!(inspect(&b"\0asm\x01\0\0\0"[..]), Ok(Format::Module));
-        assert_eq!(inspect(&b"\0asm\x0d\0\x01\0rest"[..]), Err(FormatError::Component));
+        assert_eq!(inspect(&b"\0asm\x0d\0\x01\0rest"[..]), Ok(Format::Component));
         assert!(matches!(inspect(&b"\0asm\x01"[..]), Err(FormatError::Unknown(_))));
         for text in ["(module)", " \n;; hi\n(; a (; b ;) ;)(func)", "(component)"] {
             assert_eq!(inspect(text.as_bytes()), Ok(Format::Text), "{text}");

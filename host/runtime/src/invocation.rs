@@ -14,6 +14,42 @@ pub struct Invocation {
     pub env: Vec<(String, String)>,
     /// Fuel for WebAssembly; native programs have no use for it.
     pub fuel: u64,
+    /// What the standard streams carry.
+    pub interface: Interface,
+}
+
+/// How a guest is called.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Interface {
+    /// Once, from standard input to standard output.
+    #[default]
+    Command,
+    /// With one HTTP/1.1 request that comes in on standard input; the response goes out on standard output, and what
+    /// the guest prints on standard error.
+    Http,
+}
+
+/// The interfaces that an artifact can be called by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exports {
+    /// It is a command.
+    pub command: bool,
+    /// It handles HTTP requests.
+    pub http: bool,
+}
+
+impl Exports {
+    /// Of a native program, or of a core module.
+    pub const COMMAND: Self = Self { command: true, http: false };
+
+    /// Whether it can be called by `interface`.
+    #[must_use]
+    pub fn has(self, interface: Interface) -> bool {
+        match interface {
+            Interface::Command => self.command,
+            Interface::Http => self.http,
+        }
+    }
 }
 
 /// What a sandbox says at its end. The process that sends it has run a stranger's code: the server believes it about
@@ -33,6 +69,8 @@ pub enum Report {
     Compiled {
         /// Its length, to tell a whole artifact from a cut one.
         bytes: u64,
+        /// How it can be called.
+        exports: Exports,
     },
     /// The module is not valid, does not link, or cannot be compiled: what, and where in the module.
     Invalid(String),
@@ -41,7 +79,7 @@ pub enum Report {
 /// How a WebAssembly guest ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WasmEnd {
-    /// `_start` returned, or `proc_exit` was called.
+    /// `_start`, `run` or `handle` returned, or it called for its exit.
     Exited(i32),
     /// It trapped.
     Trapped {

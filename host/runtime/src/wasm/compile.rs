@@ -4,60 +4,51 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 
-use wasmtime::error::Context as _;
-use wasmtime::{Linker, Module, Result, bail, format_err};
-use wasmtime_wasi::p1::{self, WasiP1Ctx};
+use wasmtime::component::Component;
+use wasmtime::{Engine, Module, Result, bail};
+use wasmtime_wasi::p2::bindings::CommandPre;
+use wasmtime_wasi_http::p2::bindings::ProxyPre;
 
 use super::engine::engine;
-use crate::invocation::{Report, short};
+use super::guest::{link_component, link_module};
+use crate::artifact::is_component;
+use crate::invocation::{Exports, Report, short};
 
 /// Stack for an engine that runs nothing.
 const STACK_BYTES: usize = 1024 * 1024;
 
-/// Compiles the module in `source` (binary or text), checks that it links and has a `_start`, and writes the compiled
-/// form to standard output.
+/// Compiles the module or component in `source` (binary or text), checks that it links and can be called, and writes
+/// the compiled form to standard output.
 ///
-/// Gives [`Report::Compiled`], or [`Report::Invalid`] with what is wrong and where in the module.
+/// Gives [`Report::Compiled`], or [`Report::Invalid`] with what is wrong and where.
 #[must_use]
 pub fn compile(mut source: File) -> Report {
     let mut bytes = Vec::new();
     if let Err(error) = source.read_to_end(&mut bytes) {
-        return Report::NotRunnable(format!("read the module: {error}"));
+        return Report::NotRunnable(format!("read the artifact: {error}"));
     }
-    let artifact = match build(&bytes) {
-        Ok(artifact) => artifact,
+    let (artifact, exports) = match build(&bytes) {
+        Ok(built) => built,
         Err(error) => return Report::Invalid(short(format!("{error:#}"))),
     };
     let out = io::stdout().as_fd().try_clone_to_owned().map(File::from);
     match out.and_then(|mut out| out.write_all(&artifact)) {
-        Ok(()) => Report::Compiled { bytes: artifact.len() as u64 },
-        Err(error) => Report::NotRunnable(format!("write the compiled module: {error}")),
+        Ok(()) => Report::Compiled { bytes: artifact.len() as u64, exports },
+        Err(error) => Report::NotRunnable(format!("write the compiled artifact: {error}")),
     }
 }
 
-fn build(bytes: &[u8]) -> Result<Vec<u8>> {
+pub(super) fn build(bytes: &[u8]) -> Result<(Vec<u8>, Exports)> {
     let engine = engine(STACK_BYTES)?;
-    let module = Module::new(&engine, bytes)?;
-    let mut linker: Linker<WasiP1Ctx> = Linker::new(&engine);
-    p1::add_to_linker_async(&mut linker, |ctx| ctx)?;
-    name_unknown_imports(&module, &linker)?;
-    linker.instantiate_pre(&module).context("the module does not link")?;
-    check_start(&module)?;
-    module.serialize()
+    let binary = wat::parse_bytes(bytes)?;
+    if is_component(&binary) { build_component(&engine, &binary) } else { build_module(&engine, &binary) }
 }
 
-/// Names every import that nothing here provides, not only the first.
-fn name_unknown_imports(module: &Module, linker: &Linker<WasiP1Ctx>) -> Result<()> {
-    let mut store = wasmtime::Store::new(module.engine(), wasmtime_wasi::WasiCtxBuilder::new().build_p1());
-    let unknown: Vec<String> = module
-        .imports()
-        .filter(|import| linker.get(&mut store, import.module(), import.name()).is_err())
-        .map(|import| format!("`{}` from `{}`", import.name(), import.module()))
-        .collect();
-    match unknown.as_slice() {
-        [] => Ok(()),
-        names => Err(format_err!("unknown import {}: only `wasi_snapshot_preview1` is provided", names.join(", "))),
-    }
+fn build_module(engine: &Engine, binary: &[u8]) -> Result<(Vec<u8>, Exports)> {
+    let module = Module::from_binary(engine, binary)?;
+    link_module(&module)?;
+    check_start(&module)?;
+    Ok((module.serialize()?, Exports::COMMAND))
 }
 
 fn check_start(module: &Module) -> Result<()> {
@@ -67,4 +58,16 @@ fn check_start(module: &Module) -> Result<()> {
     };
     let ok = export.func().is_some_and(|ty| ty.params().len() == 0 && ty.results().len() == 0);
     if ok { Ok(()) } else { bail!("the `_start` export is not a function without parameters and results") }
+}
+
+fn build_component(engine: &Engine, binary: &[u8]) -> Result<(Vec<u8>, Exports)> {
+    let component = Component::from_binary(engine, binary)?;
+    let linked = link_component(&component)?;
+    let exports = Exports { command: CommandPre::new(linked.clone()).is_ok(), http: ProxyPre::new(linked).is_ok() };
+    if !exports.command && !exports.http {
+        let ty = component.component_type();
+        let names: Vec<&str> = ty.exports(engine).map(|(name, _)| name).collect();
+        bail!("neither `wasi:cli/run` nor `wasi:http/incoming-handler` of version 0.2 is exported, but {names:?}");
+    }
+    Ok((component.serialize()?, exports))
 }

@@ -1,7 +1,10 @@
-//! WebAssembly: one engine configuration for compiling and running, WASI preview 1 for core modules.
+//! WebAssembly: one engine configuration for compiling and running, WASI preview 1 for core modules, WASI 0.2
+//! for components.
 
 mod compile;
 mod engine;
+mod guest;
+mod http;
 mod load;
 mod run;
 mod stdio;

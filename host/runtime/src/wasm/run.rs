@@ -4,34 +4,22 @@ use std::any::Any;
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use tokio::runtime::Runtime;
-use wasmtime::error::Context as _;
-use wasmtime::{InstancePre, Linker, ResourceLimiter, Result, Store, Trap, WasmBacktrace};
-use wasmtime_wasi::p1::{self, WasiP1Ctx};
-use wasmtime_wasi::{FsPerms, I32Exit, WasiCtxBuilder};
+use tokio::runtime::{Builder, Runtime};
+use wasmtime::{Engine, InstancePre, Result, Store, Trap, WasmBacktrace, bail};
+use wasmtime_wasi::I32Exit;
+use wasmtime_wasi::p2::bindings::CommandPre;
+use wasmtime_wasi_http::p2::bindings::ProxyPre;
 
 use super::engine::engine;
-use super::load::map_artifact;
-use super::stdio;
-use crate::invocation::{Invocation, Report, WasmEnd, short};
+use super::guest::{OutOfMemory, State, link_component, link_module, store};
+use super::http::{self, NoResponse};
+use super::load::{Mapped, map_artifact};
+use crate::invocation::{Interface, Invocation, Report, WasmEnd, short};
 
-/// Table elements of a guest, all tables together. An element takes 8 to 16 bytes of host memory that the guest's own
-/// memory limit does not see; a million is far above the largest language runtimes seen (some 60,000).
-const MAX_TABLE_ELEMENTS: usize = 1_000_000;
-
-/// Random bytes from one call. Real programs ask for kilobytes; each byte is host memory for a moment.
-const MAX_RANDOM_BYTES: u64 = 1024 * 1024;
-
-/// Host memory that the arguments of one WASI call may make the host allocate. wasmtime's default of 128 MiB is more
-/// than a whole small job may have.
-const MAX_HOSTCALL_BYTES: usize = 8 * 1024 * 1024;
-
-/// The only directory that the guest has.
-const SCRATCH: &str = "/tmp";
-
-/// A module that is mapped, linked and waits for its job.
+/// An artifact that is mapped, linked and waits for its job.
 pub struct Loaded {
-    module: InstancePre<State>,
+    engine: Engine,
+    guest: Guest,
     runtime: Runtime,
 }
 
@@ -41,10 +29,10 @@ impl std::fmt::Debug for Loaded {
     }
 }
 
-/// What belongs to one guest.
-struct State {
-    wasi: WasiP1Ctx,
-    limiter: Limiter,
+/// What can be called of an artifact.
+enum Guest {
+    Module(InstancePre<State>),
+    Component { command: Option<CommandPre<State>>, http: Option<ProxyPre<State>> },
 }
 
 /// Maps and links a compiled artifact. No instruction of it runs.
@@ -53,13 +41,23 @@ struct State {
 /// The artifact is of another engine, damaged, or does not link. None of them can come from a tenant's doing.
 pub fn load(artifact: File, stack_bytes: usize) -> Result<Loaded> {
     let engine = engine(stack_bytes)?;
-    let module = map_artifact(&engine, artifact)?;
-    let mut linker: Linker<State> = Linker::new(&engine);
-    p1::add_to_linker_async(&mut linker, |state: &mut State| &mut state.wasi)?;
-    let module = linker.instantiate_pre(&module)?;
     // one thread: a job may have a pids limit of 1, and file calls block this thread because nothing else waits
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
-    Ok(Loaded { module, runtime })
+    let mut runtime = Builder::new_current_thread();
+    runtime.enable_time();
+    let guest = match map_artifact(&engine, artifact)? {
+        Mapped::Module(module) => Guest::Module(link_module(&module)?),
+        Mapped::Component(component) => {
+            // needs a memory file, which no sandbox can make once it waits for its job
+            component.initialize_copy_on_write_image()?;
+            let linked = link_component(&component)?;
+            let http = ProxyPre::new(linked.clone()).ok();
+            if http.is_some() {
+                runtime.enable_io();
+            }
+            Guest::Component { command: CommandPre::new(linked).ok(), http }
+        }
+    };
+    Ok(Loaded { engine, guest, runtime: runtime.build()? })
 }
 
 impl Loaded {
@@ -67,82 +65,47 @@ impl Loaded {
     /// first instruction of the guest, be it of a start function.
     #[must_use]
     pub fn run(self, invocation: &Invocation, memory_bytes: usize, started: impl FnOnce()) -> Report {
-        let mut store = match self.store(invocation, memory_bytes) {
+        let Self { engine, guest, runtime } = self;
+        let store = match store(&engine, invocation, memory_bytes) {
             Ok(store) => store,
             Err(error) => return Report::NotRunnable(short(format!("{error:#}"))),
         };
         started();
-        let Self { module, runtime } = self;
-        let result = catch_unwind(AssertUnwindSafe(|| {
-            runtime.block_on(async {
-                let instance = module.instantiate_async(&mut store).await?;
-                let start = instance.get_typed_func::<(), ()>(&mut store, "_start")?;
-                start.call_async(&mut store, ()).await
-            })
-        }));
-        let end = match result {
-            Ok(result) => end_of(result),
-            Err(panic) => internal(panic.as_ref()),
+        let run = AssertUnwindSafe(|| runtime.block_on(guest.call(store, invocation.interface)));
+        let (end, fuel_left) = match catch_unwind(run) {
+            Ok((result, fuel_left)) => (end_of(result), fuel_left),
+            // how much it used is lost with its store
+            Err(panic) => (internal(panic.as_ref()), 0),
         };
-        let fuel_used = invocation.fuel - store.get_fuel().unwrap_or(0).min(invocation.fuel);
-        Report::Wasm { end, fuel_used }
-    }
-
-    fn store(&self, invocation: &Invocation, memory_bytes: usize) -> Result<Store<State>> {
-        let mut wasi = WasiCtxBuilder::new();
-        stdio::connect(&mut wasi).context("connect the standard streams")?;
-        wasi.args(&invocation.args)
-            .envs(&invocation.env)
-            .max_random_size(MAX_RANDOM_BYTES)
-            .allow_blocking_current_thread(true)
-            .allow_tcp(false)
-            .allow_udp(false)
-            .preopened_dir(SCRATCH, SCRATCH, FsPerms::ReadWrite)
-            .context("open `/tmp`")?;
-        let limiter = Limiter { memory_bytes, in_memory: 0, in_tables: 0 };
-        let mut store = Store::new(self.module.module().engine(), State { wasi: wasi.build_p1(), limiter });
-        store.limiter(|state| &mut state.limiter);
-        store.set_hostcall_fuel(MAX_HOSTCALL_BYTES);
-        store.set_fuel(invocation.fuel)?;
-        Ok(store)
+        Report::Wasm { end, fuel_used: invocation.fuel - fuel_left.min(invocation.fuel) }
     }
 }
 
-/// Counts what the guest's memories and tables take together.
-struct Limiter {
-    memory_bytes: usize,
-    in_memory: usize,
-    in_tables: usize,
-}
-
-/// The guest asked for more memory than it may have. It is ended, as the kernel would end a native job: a guest that
-/// is told of the failure mostly traps for a reason that says nothing of memory.
-#[derive(Debug, thiserror::Error)]
-#[error("memory of {asked} bytes asked for")]
-struct OutOfMemory {
-    asked: usize,
-}
-
-impl ResourceLimiter for Limiter {
-    fn memory_growing(&mut self, current: usize, desired: usize, maximum: Option<usize>) -> Result<bool> {
-        if maximum.is_some_and(|maximum| desired > maximum) {
-            return Ok(false); // the module's own maximum, which the guest expects to meet
-        }
-        let total = self.in_memory.saturating_add(desired.saturating_sub(current));
-        if total > self.memory_bytes {
-            return Err(OutOfMemory { asked: total }.into());
-        }
-        self.in_memory = total;
-        Ok(true)
+impl Guest {
+    /// Gives its end and what is left of its fuel.
+    async fn call(self, mut store: Store<State>, interface: Interface) -> (Result<()>, u64) {
+        let result = match (interface, self) {
+            (Interface::Http, Self::Component { http: Some(http), .. }) => return http::serve(http, store).await,
+            (Interface::Command, Self::Module(module)) => start(&module, &mut store).await,
+            (Interface::Command, Self::Component { command: Some(command), .. }) => run(&command, &mut store).await,
+            _ => Err(wasmtime::format_err!("the artifact does not have the interface {interface:?}")),
+        };
+        (result, store.get_fuel().unwrap_or(0))
     }
+}
 
-    fn table_growing(&mut self, current: usize, desired: usize, maximum: Option<usize>) -> Result<bool> {
-        let total = self.in_tables.saturating_add(desired.saturating_sub(current));
-        if maximum.is_some_and(|maximum| desired > maximum) || total > MAX_TABLE_ELEMENTS {
-            return Ok(false);
-        }
-        self.in_tables = total;
-        Ok(true)
+async fn start(module: &InstancePre<State>, store: &mut Store<State>) -> Result<()> {
+    let instance = module.instantiate_async(&mut *store).await?;
+    let start = instance.get_typed_func::<(), ()>(&mut *store, "_start")?;
+    start.call_async(store, ()).await
+}
+
+async fn run(command: &CommandPre<State>, store: &mut Store<State>) -> Result<()> {
+    let instance = command.instantiate_async(&mut *store).await?;
+    match instance.wasi_cli_run().call_run(store).await? {
+        Ok(()) => Ok(()),
+        // what the standard calls failure has no number; a shell's is 1
+        Err(()) => bail!(I32Exit(1)),
     }
 }
 
@@ -155,6 +118,9 @@ fn end_of(result: Result<()>) -> WasmEnd {
         return WasmEnd::OutOfMemory { asked: *asked as u64 };
     }
     let backtrace = error.downcast_ref::<WasmBacktrace>().map(|frames| short(frames.to_string())).unwrap_or_default();
+    if error.is::<NoResponse>() {
+        return WasmEnd::Trapped { code: "no_response".into(), backtrace: short(error.to_string()) };
+    }
     match error.downcast_ref::<Trap>() {
         Some(Trap::OutOfFuel) => WasmEnd::OutOfFuel,
         Some(trap) => WasmEnd::Trapped { code: snake_case(&format!("{trap:?}")), backtrace },
@@ -192,19 +158,19 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_counted_over_all_of_it() {
-        let mut limiter = Limiter { memory_bytes: 3 << 16, in_memory: 0, in_tables: 0 };
-        assert!(limiter.memory_growing(0, 1 << 16, None).unwrap());
-        assert!(limiter.memory_growing(0, 2 << 16, None).unwrap(), "a second memory");
-        let error = limiter.memory_growing(2 << 16, 3 << 16, None).unwrap_err();
-        assert_eq!(error.downcast_ref::<OutOfMemory>().unwrap().asked, 4 << 16);
-        assert!(!limiter.memory_growing(0, 1 << 20, Some(1 << 16)).unwrap(), "its own maximum");
-    }
-
-    #[test]
-    fn tables_are_counted_over_all_of_them() {
-        let mut limiter = Limiter { memory_bytes: 0, in_memory: 0, in_tables: 0 };
-        assert!(limiter.table_growing(0, MAX_TABLE_ELEMENTS, None).unwrap());
-        assert!(!limiter.table_growing(0, 1, None).unwrap());
+    fn what_is_compiled_can_be_loaded() {
+        let command = r#"(component
+            (core module $m (func (export "run") (result i32) i32.const 0))
+            (core instance $i (instantiate $m))
+            (func $run (result (result)) (canon lift (core func $i "run")))
+            (instance $cli (export "run" (func $run)))
+            (export "wasi:cli/run@0.2.3" (instance $cli)))"#;
+        for text in [r#"(module (func (export "_start")))"#, command] {
+            let (artifact, exports) = super::super::compile::build(text.as_bytes()).unwrap();
+            assert!(exports.command && !exports.http);
+            let mut file = tempfile::tempfile().unwrap();
+            std::io::Write::write_all(&mut file, &artifact).unwrap();
+            load(file, 1 << 20).unwrap();
+        }
     }
 }

@@ -17,16 +17,22 @@ use wasmtime_wasi::WasiCtxBuilder;
 use wasmtime_wasi::cli::{IsTerminal, OutputFile, StdinStream};
 use wasmtime_wasi::p2::{InputStream, Pollable, StreamError, StreamResult};
 
+use crate::invocation::Interface;
+
 /// The most that one read gives, and so the size of the buffer made for it.
 const MAX_READ: usize = 64 * 1024;
 
-/// Gives this process's standard streams to the guest.
-pub(super) fn connect(builder: &mut WasiCtxBuilder) -> io::Result<()> {
+/// Gives this process's standard streams to the guest. One that is called with HTTP requests has no input of its own,
+/// and prints on standard error only: the other two carry the request and the response.
+pub(super) fn connect(builder: &mut WasiCtxBuilder, interface: Interface) -> io::Result<()> {
     let copy = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from);
-    builder
-        .stdin(Stdin(Arc::new(copy(io::stdin().as_fd())?)))
-        .stdout(OutputFile::new(copy(io::stdout().as_fd())?))
-        .stderr(OutputFile::new(copy(io::stderr().as_fd())?));
+    builder.stderr(OutputFile::new(copy(io::stderr().as_fd())?));
+    match interface {
+        Interface::Command => builder
+            .stdin(Stdin(Arc::new(copy(io::stdin().as_fd())?)))
+            .stdout(OutputFile::new(copy(io::stdout().as_fd())?)),
+        Interface::Http => builder.stdout(OutputFile::new(copy(io::stderr().as_fd())?)),
+    };
     Ok(())
 }
 

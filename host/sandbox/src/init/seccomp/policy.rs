@@ -302,6 +302,8 @@ static WASM: &[Line] = lines! {
         mmap = libc::SYS_mmap, mprotect = libc::SYS_mprotect;
     Allow, Job, Allow, "the channel to the server": sendmsg = libc::SYS_sendmsg, recvmsg = libc::SYS_recvmsg;
     If(&ABORT_ONLY, EPERM), Job, Allow, "abort()": tgkill = libc::SYS_tgkill;
+    Allow, Setup, REFUSED, "the first contents of a component's memory, kept in a sealed file": memfd_create = libc::SYS_memfd_create;
+    If(&UNIX_SOCKET, EAFNOSUPPORT), Setup, REFUSED, "the wake-up pair of the event loop": socketpair = libc::SYS_socketpair;
     Allow, Setup, REFUSED, "die with the launcher": prctl = libc::SYS_prctl;
     Allow, Setup, REFUSED, "install the last filter": seccomp = libc::SYS_seccomp;
 };

@@ -1,0 +1,246 @@
+//! A guest's world: what it may import, what its store holds, and how much of the host it may use.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use wasmtime::component::{self, Component, InstancePre as ComponentPre};
+use wasmtime::error::Context as _;
+use wasmtime::{Engine, InstancePre, Linker, Module, ResourceLimiter, Result, Store, bail, format_err};
+use wasmtime_wasi::p1::{self, WasiP1Ctx};
+use wasmtime_wasi::{FsPerms, HostMonotonicClock, HostWallClock, WasiCtxBuilder, WasiCtxView, WasiView};
+use wasmtime_wasi_http::p2::bindings::http::types::ErrorCode;
+use wasmtime_wasi_http::{RequestOptions, WasiBody, WasiHttpCtx, WasiHttpCtxView, WasiHttpHooks, WasiHttpView};
+
+use super::stdio;
+use crate::invocation::{Interface, Invocation};
+
+/// Table elements of a guest, all tables together. An element takes 8 to 16 bytes of host memory that the guest's own
+/// memory limit does not see; a million is far above the largest language runtimes seen (some 60,000).
+const MAX_TABLE_ELEMENTS: usize = 1_000_000;
+
+/// Random bytes from one call. Real programs ask for kilobytes; each byte is host memory for a moment.
+const MAX_RANDOM_BYTES: u64 = 1024 * 1024;
+
+/// Host memory that the arguments of one WASI call may make the host allocate. wasmtime's default of 128 MiB is more
+/// than a whole small job may have.
+const MAX_HOSTCALL_BYTES: usize = 8 * 1024 * 1024;
+
+/// Handles of all kinds that a guest may hold: files, streams, pollables, headers. Some hundred bytes of host memory
+/// each; wasmtime's default is a million.
+const MAX_HANDLES: usize = 16 * 1024;
+
+/// What both clocks are rounded down to. As coarse as browsers make theirs where pages of strangers share a process:
+/// far too coarse to tell a cache hit from a miss.
+const CLOCK_STEP: Duration = Duration::from_micros(100);
+
+/// Fuel after which a guest lets the host go on moving its bodies, about a quarter of a millisecond.
+const YIELD_AFTER_FUEL: u64 = 1_000_000;
+
+/// The only directory that the guest has.
+const SCRATCH: &str = "/tmp";
+
+/// What belongs to one guest.
+pub(super) struct State {
+    wasi: WasiP1Ctx,
+    http: WasiHttpCtx,
+    no_network: NoNetwork,
+    limiter: Limiter,
+}
+
+impl State {
+    /// For a check of imports, which nothing ever runs in.
+    pub(super) fn idle() -> Self {
+        Self::around(WasiCtxBuilder::new().build_p1(), 0)
+    }
+
+    fn around(wasi: WasiP1Ctx, memory_bytes: usize) -> Self {
+        let limiter = Limiter { memory_bytes, in_memory: 0, in_tables: 0 };
+        Self { wasi, http: WasiHttpCtx::new(), no_network: NoNetwork, limiter }
+    }
+}
+
+impl WasiView for State {
+    fn ctx(&mut self) -> WasiCtxView<'_> {
+        self.wasi.ctx()
+    }
+}
+
+impl WasiHttpView for State {
+    fn http(&mut self) -> WasiHttpCtxView<'_> {
+        WasiHttpCtxView { hooks: &mut self.no_network, table: self.wasi.ctx().table, ctx: &mut self.http }
+    }
+}
+
+/// A store for one run of `invocation`, connected to this process's standard streams.
+pub(super) fn store(engine: &Engine, invocation: &Invocation, memory_bytes: usize) -> Result<Store<State>> {
+    let mut wasi = WasiCtxBuilder::new();
+    stdio::connect(&mut wasi, invocation.interface).context("connect the standard streams")?;
+    wasi.args(&invocation.args)
+        .envs(&invocation.env)
+        .max_random_size(MAX_RANDOM_BYTES)
+        .monotonic_clock(CoarseClock(Instant::now()))
+        .wall_clock(CoarseWallClock)
+        .allow_blocking_current_thread(true)
+        .allow_tcp(false)
+        .allow_udp(false)
+        .preopened_dir(SCRATCH, SCRATCH, FsPerms::ReadWrite)
+        .context("open `/tmp`")?;
+    let mut state = State::around(wasi.build_p1(), memory_bytes);
+    state.ctx().table.set_max_capacity(MAX_HANDLES);
+    let mut store = Store::new(engine, state);
+    store.limiter(|state| &mut state.limiter);
+    store.set_hostcall_fuel(MAX_HOSTCALL_BYTES);
+    store.set_fuel(invocation.fuel)?;
+    if invocation.interface == Interface::Http {
+        store.fuel_async_yield_interval(Some(YIELD_AFTER_FUEL))?;
+    }
+    Ok(store)
+}
+
+/// Links a core module.
+pub(super) fn link_module(module: &Module) -> Result<InstancePre<State>> {
+    let mut linker: Linker<State> = Linker::new(module.engine());
+    p1::add_to_linker_async(&mut linker, |state: &mut State| &mut state.wasi)?;
+    name_unknown_imports(module, &linker)?;
+    linker.instantiate_pre(module).context("the module does not link")
+}
+
+/// Names every import that nothing here provides, not only the first.
+fn name_unknown_imports(module: &Module, linker: &Linker<State>) -> Result<()> {
+    let mut store = Store::new(module.engine(), State::idle());
+    let unknown: Vec<String> = module
+        .imports()
+        .filter(|import| linker.get(&mut store, import.module(), import.name()).is_err())
+        .map(|import| format!("`{}` from `{}`", import.name(), import.module()))
+        .collect();
+    match unknown.as_slice() {
+        [] => Ok(()),
+        names => Err(format_err!("unknown import {}: only `wasi_snapshot_preview1` is provided", names.join(", "))),
+    }
+}
+
+/// Links a component. Imports are matched by semantic versioning; an unknown one is named with its version.
+pub(super) fn link_component(component: &Component) -> Result<ComponentPre<State>> {
+    let mut linker: component::Linker<State> = component::Linker::new(component.engine());
+    wasmtime_wasi::p2::add_to_linker_async(&mut linker)?;
+    wasmtime_wasi_http::p2::add_only_http_to_linker_async(&mut linker)?;
+    linker
+        .instantiate_pre(component)
+        .context("the component does not link: provided are the interfaces of `wasi:cli` and `wasi:http`, version 0.2")
+}
+
+/// Refuses every outgoing request: there is no network to send it to.
+struct NoNetwork;
+
+type Sent = (hyper::Response<WasiBody>, Box<dyn Future<Output = wasmtime_wasi_http::Result<()>> + Send>);
+
+impl WasiHttpHooks for NoNetwork {
+    fn send_request(
+        &mut self,
+        _: hyper::Request<WasiBody>,
+        _: Option<RequestOptions>,
+        _: Box<dyn Future<Output = wasmtime_wasi_http::Result<()>> + Send>,
+    ) -> Box<dyn Future<Output = wasmtime_wasi_http::Result<Sent>> + Send> {
+        Box::new(async { Err(ErrorCode::HttpRequestDenied.into()) })
+    }
+}
+
+/// Time since the guest began.
+struct CoarseClock(Instant);
+
+impl HostMonotonicClock for CoarseClock {
+    fn resolution(&self) -> u64 {
+        nanos(CLOCK_STEP)
+    }
+
+    fn now(&self) -> u64 {
+        nanos(rounded(self.0.elapsed()))
+    }
+}
+
+struct CoarseWallClock;
+
+impl HostWallClock for CoarseWallClock {
+    fn resolution(&self) -> Duration {
+        CLOCK_STEP
+    }
+
+    fn now(&self) -> Duration {
+        rounded(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
+    }
+}
+
+fn rounded(time: Duration) -> Duration {
+    let step = CLOCK_STEP.as_nanos();
+    Duration::from_nanos(u64::try_from(time.as_nanos() / step * step).unwrap_or(u64::MAX))
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Counts what the guest's memories and tables take together.
+struct Limiter {
+    memory_bytes: usize,
+    in_memory: usize,
+    in_tables: usize,
+}
+
+/// The guest asked for more memory than it may have. It is ended, as the kernel would end a native job: a guest that
+/// is told of the failure mostly traps for a reason that says nothing of memory.
+#[derive(Debug, thiserror::Error)]
+#[error("memory of {asked} bytes asked for")]
+pub(super) struct OutOfMemory {
+    pub(super) asked: usize,
+}
+
+impl ResourceLimiter for Limiter {
+    fn memory_growing(&mut self, current: usize, desired: usize, maximum: Option<usize>) -> Result<bool> {
+        if maximum.is_some_and(|maximum| desired > maximum) {
+            return Ok(false); // the module's own maximum, which the guest expects to meet
+        }
+        let total = self.in_memory.saturating_add(desired.saturating_sub(current));
+        if total > self.memory_bytes {
+            bail!(OutOfMemory { asked: total });
+        }
+        self.in_memory = total;
+        Ok(true)
+    }
+
+    fn table_growing(&mut self, current: usize, desired: usize, maximum: Option<usize>) -> Result<bool> {
+        let total = self.in_tables.saturating_add(desired.saturating_sub(current));
+        if maximum.is_some_and(|maximum| desired > maximum) || total > MAX_TABLE_ELEMENTS {
+            return Ok(false);
+        }
+        self.in_tables = total;
+        Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clocks_are_coarse() {
+        assert_eq!(rounded(Duration::from_nanos(1_234_567)), Duration::from_micros(1200));
+        assert_eq!(CoarseWallClock.now().subsec_nanos() % 100_000, 0);
+        assert_eq!(CoarseClock(Instant::now()).now() % 100_000, 0);
+    }
+
+    #[test]
+    fn memory_is_counted_over_all_of_it() {
+        let mut limiter = Limiter { memory_bytes: 3 << 16, in_memory: 0, in_tables: 0 };
+        assert!(limiter.memory_growing(0, 1 << 16, None).unwrap());
+        assert!(limiter.memory_growing(0, 2 << 16, None).unwrap(), "a second memory");
+        let error = limiter.memory_growing(2 << 16, 3 << 16, None).unwrap_err();
+        assert_eq!(error.downcast_ref::<OutOfMemory>().unwrap().asked, 4 << 16);
+        assert!(!limiter.memory_growing(0, 1 << 20, Some(1 << 16)).unwrap(), "its own maximum");
+    }
+
+    #[test]
+    fn tables_are_counted_over_all_of_them() {
+        let mut limiter = Limiter { memory_bytes: 0, in_memory: 0, in_tables: 0 };
+        assert!(limiter.table_growing(0, MAX_TABLE_ELEMENTS, None).unwrap());
+        assert!(!limiter.table_growing(0, 1, None).unwrap());
+    }
+}

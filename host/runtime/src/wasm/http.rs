@@ -1,0 +1,132 @@
+//! One HTTP request for one guest: HTTP/1.1 over this process's standard input and output.
+//!
+//! Both sides stream. The guest, the connection and the bodies are driven by one thread in turn: a guest that computes
+//! yields now and then, and a guest that waits for the client's bytes lets the connection fetch them.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Mutex;
+
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Request, Response};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use tokio::net::unix::pipe;
+use tokio::sync::oneshot;
+use wasmtime::{Result, Store, format_err};
+use wasmtime_wasi_http::WasiHttpView;
+use wasmtime_wasi_http::io::TokioIo;
+use wasmtime_wasi_http::p2::bindings::ProxyPre;
+use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
+use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
+
+use super::guest::State;
+
+/// What the guest gives for a response.
+type Answer = std::result::Result<Response<HyperOutgoingBody>, ErrorCode>;
+
+/// A guest that ended without a response.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NoResponse {
+    /// It returned, and had set none.
+    #[error("the guest returned without setting a response")]
+    Unset,
+    /// It set an error in the place of a response.
+    #[error("the guest answered with an error: {0:?}")]
+    Error(ErrorCode),
+}
+
+/// Serves the one request of this process, and waits until both the guest and the transmission of its response are
+/// over. Gives the guest's end and its fuel.
+pub(super) async fn serve(guest: ProxyPre<State>, store: Store<State>) -> (Result<()>, u64) {
+    let (give_request, request) = oneshot::channel();
+    let (give_answer, answer) = oneshot::channel();
+    let exchange = Mutex::new(Some((give_request, answer)));
+    let service = service_fn(|request: Request<Incoming>| {
+        let exchange = exchange.lock().ok().and_then(|mut exchange| exchange.take());
+        async move {
+            let (give_request, answer) = exchange.ok_or(Closed)?;
+            give_request.send(request).map_err(|_| Closed)?;
+            answer.await.map_err(|_| Closed)
+        }
+    });
+    let streams = match streams() {
+        Ok((from, to)) => TokioIo::new(tokio::io::join(from, to)),
+        Err(error) => return (Err(error.into()), 0),
+    };
+    let connection = http1::Builder::new().keep_alive(false).serve_connection(streams, service);
+    // how the transmission went is for the other end to see, and not the guest's end
+    let (guest, _) = tokio::join!(handle(guest, store, request, give_answer), connection);
+    guest
+}
+
+/// The connection has no request for the guest, or the guest none for the connection.
+#[derive(Debug, thiserror::Error)]
+#[error("closed")]
+struct Closed;
+
+/// Calls the guest. Its store is gone when this returns, and with it what it left open of the response's body.
+async fn handle(
+    guest: ProxyPre<State>,
+    mut store: Store<State>,
+    request: oneshot::Receiver<Request<Incoming>>,
+    give_answer: oneshot::Sender<Response<HyperOutgoingBody>>,
+) -> (Result<()>, u64) {
+    let result = call(&guest, &mut store, request, give_answer).await;
+    let fuel_left = store.get_fuel().unwrap_or(0);
+    (result, fuel_left)
+}
+
+async fn call(
+    guest: &ProxyPre<State>,
+    store: &mut Store<State>,
+    request: oneshot::Receiver<Request<Incoming>>,
+    give_answer: oneshot::Sender<Response<HyperOutgoingBody>>,
+) -> Result<()> {
+    let instance = guest.instantiate_async(&mut *store).await?;
+    let request = request.await.map_err(|_| format_err!("no request has come"))?;
+    let request = store.data_mut().http().new_incoming_request(Scheme::Http, request)?;
+    let (set, mut outcome) = oneshot::channel::<Answer>();
+    let response = store.data_mut().http().new_response_outparam(set)?;
+    let handler = instance.wasi_http_incoming_handler();
+    let mut handled = std::pin::pin!(handler.call_handle(store, request, response));
+    let mut give_answer = Some(give_answer);
+    let mut forward = |answer: Answer| match (answer, give_answer.take()) {
+        (Ok(response), Some(give)) => {
+            // should the connection be gone, the guest's body finds out
+            let _ = give.send(response);
+            Ok(())
+        }
+        (Err(code), _) => Err(NoResponse::Error(code)),
+        (_, None) => Err(NoResponse::Unset),
+    };
+    // the response goes out as soon as it is set, while the guest goes on
+    tokio::select! {
+        biased;
+        Ok(answer) = &mut outcome => {
+            let set = forward(answer);
+            handled.await?;
+            set.map_err(Into::into)
+        }
+        result = &mut handled => {
+            result?;
+            let answer = outcome.try_recv().map_err(|_| NoResponse::Unset)?;
+            forward(answer).map_err(Into::into)
+        }
+    }
+}
+
+/// This process's standard input and output, which are pipes, as asynchronous streams.
+fn streams() -> io::Result<(pipe::Receiver, pipe::Sender)> {
+    Ok((
+        pipe::Receiver::from_owned_fd(non_blocking(io::stdin().as_fd())?)?,
+        pipe::Sender::from_owned_fd(non_blocking(io::stdout().as_fd())?)?,
+    ))
+}
+
+fn non_blocking(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let fd = fd.try_clone_to_owned()?;
+    fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    Ok(fd)
+}
