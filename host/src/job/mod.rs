@@ -1,5 +1,6 @@
 //! Jobs: one run of a plugin each, from its submission to its record.
 
+mod line;
 mod outcome;
 mod record;
 mod registry;
@@ -20,6 +21,7 @@ use tokio::sync::oneshot;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
+pub use self::line::{Line, Meter, OverLimit};
 pub use self::outcome::{Outcome, Stop};
 pub use self::record::{IsolationRecord, JobRecord, State, UsageRecord};
 use self::registry::{Entry, Registry};
@@ -50,11 +52,20 @@ pub struct JobRequest {
 }
 
 /// What a job consumes: used up by its one run.
+#[derive(Debug)]
 pub struct Supply {
     /// The plugin's open artifact.
     pub artifact: Artifact,
-    /// The input.
-    pub input: Input,
+    /// Where its input comes from and its output goes to.
+    pub streams: Streams,
+}
+
+/// What a job's standard input and output are connected to.
+pub enum Streams {
+    /// A command's input as it arrives. Its output is kept.
+    Command(Input),
+    /// An HTTP guest's, handed over as they are once it can be called. Nothing is handed over if it cannot.
+    Http(oneshot::Sender<Line>),
 }
 
 /// A plugin's artifact, opened when the job was submitted: a revision that is replaced while its job waits still runs.
@@ -74,9 +85,12 @@ pub type Input = Pin<Box<dyn Stream<Item = Result<Bytes, InputBroken>> + Send>>;
 #[error("the input broke off")]
 pub struct InputBroken;
 
-impl fmt::Debug for Supply {
+impl fmt::Debug for Streams {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Supply").field("artifact", &self.artifact).finish_non_exhaustive()
+        f.write_str(match self {
+            Self::Command(_) => "Command",
+            Self::Http(_) => "Http",
+        })
     }
 }
 
@@ -96,6 +110,7 @@ pub struct Finished {
 pub struct Submitted {
     entry: Arc<Entry>,
     done: oneshot::Receiver<Result<Finished, AdmissionError>>,
+    let_go: bool,
 }
 
 /// Runs jobs and knows of them. Cheap to clone.
@@ -136,7 +151,7 @@ impl Jobs {
             // nobody waits any more: what it gave goes with it, the record stays
             let _ = tell.send(task.await);
         });
-        Submitted { entry, done }
+        Submitted { entry, done, let_go: false }
     }
 
     /// Opens a plugin's artifact. `None` if this revision's files are gone: it has been replaced in the meantime.
@@ -238,6 +253,11 @@ impl Submitted {
         self.entry.id
     }
 
+    /// Lets the job come to its own end, which nobody waits for.
+    pub fn let_go(mut self) {
+        self.let_go = true;
+    }
+
     /// Waits until the job is over.
     ///
     /// # Errors
@@ -250,6 +270,8 @@ impl Submitted {
 
 impl Drop for Submitted {
     fn drop(&mut self) {
-        self.entry.stop(Stop::Cancelled);
+        if !self.let_go {
+            self.entry.stop(Stop::Cancelled);
+        }
     }
 }

@@ -14,10 +14,11 @@ use jiff::Timestamp;
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
 
+use super::line::{Line, Meter};
 use super::outcome::{Evidence, Outcome, Stop, fuel_used};
 use super::record::{IsolationRecord, JobRecord, State, UsageRecord};
 use super::registry::Entry;
-use super::{Artifact, Finished, Input, JobRequest, Jobs, Supply};
+use super::{Artifact, Finished, Input, JobRequest, Jobs, Streams, Supply};
 use crate::admission::{AdmissionError, Permit};
 use crate::launcher::{Collected, Collector, Content, Sandbox, SandboxError, Stdio, StreamError};
 use crate::limit::{Limit, Runtime};
@@ -119,14 +120,14 @@ fn conclude(jobs: &Jobs, entry: &Entry, end: &End) -> JobRecord {
 /// Gets a sandbox and runs the job in it. Every process of the job is dead when this returns.
 async fn launch(
     jobs: &Jobs,
-    entry: &Entry,
+    entry: &Arc<Entry>,
     request: &JobRequest,
     supply: Supply,
     _permit: Permit,
     usage: &mut UsageRecord,
 ) -> Result<End, Fault> {
     let asked = Instant::now();
-    let Supply { artifact, input } = supply;
+    let Supply { artifact, streams } = supply;
     let artifact = runnable(jobs, &request.tenant, &request.plugin, artifact).await?;
     let mut sandbox = jobs.0.launcher.launch(spec(request), artifact)?;
     let ready = tokio::select! {
@@ -146,15 +147,15 @@ async fn launch(
         Err(error) => return Err(error.into()),
     };
     entry.update(|record| record.isolation = Some(IsolationRecord::from(isolation)));
-    run_in(jobs, entry, request, input, (sandbox, asked), usage).await
+    run_in(jobs, entry, request, streams, (sandbox, asked), usage).await
 }
 
 /// Gives a ready sandbox its job and follows it to the end.
 async fn run_in(
     jobs: &Jobs,
-    entry: &Entry,
+    entry: &Arc<Entry>,
     request: &JobRequest,
-    input: Input,
+    streams: Streams,
     (mut sandbox, asked): (Sandbox, Instant),
     usage: &mut UsageRecord,
 ) -> Result<End, Fault> {
@@ -167,20 +168,36 @@ async fn run_in(
         let _ = entry.stop.set(why);
         killer.kill();
     };
+    let meter = Meter::new(entry.clone(), killer.clone(), &request.limits);
     let limit = request.limits.get(Limit::OutputBytes);
     let spool = jobs.0.store.dir().tmp();
-    let out = watched(Collector::everything(limit, &spool), stdout, &stop);
+    let command = match streams {
+        Streams::Command(input) => Some((input, stdin, stdout)),
+        Streams::Http(hand_over) => {
+            // should the caller be gone, so are the guest's streams, and soon the guest
+            let _ = hand_over.send(Line { to_guest: stdin, from_guest: stdout, meter: meter.clone() });
+            None
+        }
+    };
+    let (input, stdout) = match command {
+        Some((input, stdin, stdout)) => (Some((input, stdin)), Some(stdout)),
+        None => (None, None),
+    };
+    let out = async {
+        match stdout {
+            Some(stdout) => watched(Collector::everything(limit, &spool), stdout, &stop).await,
+            None => Ok(Collected { bytes: 0, content: Content::Memory(Bytes::new()) }),
+        }
+    };
     let err = watched(Collector::tail(limit, STDERR_TAIL_BYTES), stderr, &stop);
     let mut launch_us = None;
     let life = sandbox.run(|| {
         launch_us = Some(micros(asked));
         entry.update(|record| record.started_at = Some(Timestamp::now()));
     });
-    let mut fed = 0;
-    let input_limit = request.limits.get(Limit::InputBytes);
     let feed = async {
-        if let Err(why) = feed(input, stdin, input_limit, &mut fed).await {
-            stop(why);
+        if let Some((input, stdin)) = input {
+            feed(input, stdin, &meter).await;
         }
         pending::<()>().await;
     };
@@ -199,10 +216,10 @@ async fn run_in(
 
     usage.measure(&end);
     usage.launch_us = launch_us.unwrap_or_else(|| micros(asked));
-    usage.input_bytes = fed;
-    usage.output_bytes = out.bytes;
+    usage.input_bytes = meter.input();
+    usage.output_bytes = out.bytes + meter.output();
     usage.fuel_used = fuel_used(request.plugin.runtime, &request.limits, report.as_ref());
-    let longer = out.bytes.max(err.bytes);
+    let longer = usage.output_bytes.max(err.bytes);
     let outcome = judge(request, &end, report.as_ref(), entry.stop.get().copied(), longer);
     let Content::Memory(stderr_tail) = err.content else { unreachable!("a tail is kept in memory") };
     Ok(End { outcome, usage: *usage, output: out.content, stderr_tail })
@@ -228,21 +245,18 @@ async fn watched(collector: Collector, stream: pipe::Receiver, stop: &impl Fn(St
     collected
 }
 
-/// Copies the input to the job as it arrives. The error is why the job must end.
-async fn feed(mut input: Input, mut stdin: pipe::Sender, limit: u64, fed: &mut u64) -> Result<(), Stop> {
+/// Copies the input to the job as it arrives, until the job is to end.
+async fn feed(mut input: Input, mut stdin: pipe::Sender, meter: &Meter) {
     while let Some(chunk) = input.next().await {
-        let chunk = chunk.map_err(|_| Stop::InputBroken)?;
-        let total = *fed + chunk.len() as u64;
-        if total > limit {
-            return Err(Stop::InputOver(total));
+        let Ok(chunk) = chunk else { return meter.input_broken() };
+        if meter.count_input(chunk.len()).is_err() {
+            return;
         }
-        *fed = total;
         if stdin.write_all(&chunk).await.is_err() {
             // the job has closed its input, as `head` does: what comes now is nobody's
-            return Ok(());
+            return;
         }
     }
-    Ok(())
 }
 
 /// What the sandbox is to run. A module that was compiled on another engine or machine is compiled again.
@@ -252,7 +266,7 @@ async fn runnable(jobs: &Jobs, tenant: &Tenant, plugin: &Plugin, artifact: Artif
         Artifact::Source(file) => file,
     };
     let (compiler, dir) = (&jobs.0.compiler, jobs.0.store.dir());
-    let made = compiler.compile(dir, tenant, source).await?;
+    let (made, _) = compiler.compile(dir, tenant, source).await?;
     let file = made.reopen()?;
     let (name, engine) = (tenant.name().clone(), compiler.engine().to_owned());
     if let Err(error) = jobs.0.store.keep_compiled(name, plugin.revision, made, engine).await {
@@ -297,7 +311,8 @@ fn invocation(entry: &Entry, request: &JobRequest) -> Invocation {
     ]);
     let mut args = vec![entry.plugin.to_string()];
     args.extend(request.args.clone());
-    Invocation { args, env: env.into_iter().collect(), fuel: request.limits.get(Limit::Fuel) }
+    let interface = request.plugin.interface.into();
+    Invocation { args, env: env.into_iter().collect(), fuel: request.limits.get(Limit::Fuel), interface }
 }
 
 fn micros(since: Instant) -> u64 {

@@ -6,6 +6,7 @@ mod settings;
 pub use self::revision::{Hasher, Revision};
 pub use self::settings::{Interface, PluginSettings, PluginSettingsError, check_args, check_env};
 
+use holm_runtime::invocation::Exports;
 use holm_sandbox::name::Name;
 use jiff::Timestamp;
 
@@ -24,6 +25,10 @@ pub struct Plugin {
     pub runtime: Runtime,
     /// Length of the uploaded bytes.
     pub bytes: u64,
+    /// How it can be called.
+    pub exports: Exports,
+    /// How it is called.
+    pub interface: Interface,
     /// What its jobs start from.
     pub settings: PluginSettings,
     /// When the name was first uploaded to.

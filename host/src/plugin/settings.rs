@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use holm_runtime::invocation::{self, Exports};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
@@ -9,22 +10,30 @@ use utoipa::ToSchema;
 use crate::limit::{Given, LimitError, Maximums, Runtime};
 
 /// How a plugin is called.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Interface {
     /// Standard input to standard output, by `POST …/jobs`.
-    #[default]
     Command,
-    /// HTTP requests, by `/fn`. Not available in this version.
+    /// HTTP requests, by `/fn`.
     Http,
+}
+
+impl From<Interface> for invocation::Interface {
+    fn from(interface: Interface) -> Self {
+        match interface {
+            Interface::Command => Self::Command,
+            Interface::Http => Self::Http,
+        }
+    }
 }
 
 /// The settings of a plugin: the `manifest` of an upload, and the body of `PATCH`. Every field may be left out.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PluginSettings {
-    /// How it is called.
-    pub interface: Interface,
+    /// How it is called; if not given, as its exports say, and as a command where they allow both.
+    pub interface: Option<Interface>,
     /// Arguments of each job, the program's own name not counted.
     pub args: Vec<String>,
     /// Environment variables of each job.
@@ -71,10 +80,33 @@ impl PluginSettings {
         if let Some(content_type) = &self.output_content_type {
             check_content_type(content_type).map_err(invalid("output_content_type"))?;
         }
-        if self.interface == Interface::Http {
+        if self.interface == Some(Interface::Http) && runtime == Runtime::Native {
             return Err(PluginSettingsError::NotAvailable("interface=http"));
         }
         Ok(())
+    }
+
+    /// How an artifact with these exports is called.
+    ///
+    /// # Errors
+    /// It does not have the interface that is asked for.
+    pub fn interface_of(&self, exports: Exports) -> Result<Interface, PluginSettingsError> {
+        let interface = self.interface.unwrap_or(if exports.command { Interface::Command } else { Interface::Http });
+        if exports.has(interface.into()) {
+            return Ok(interface);
+        }
+        let missing = match interface {
+            Interface::Command => "exports no `_start` and no `wasi:cli/run`",
+            Interface::Http => "exports no `wasi:http/incoming-handler` of version 0.2",
+        };
+        Err(PluginSettingsError::Invalid(format!("`interface`: the artifact {missing}")))
+    }
+
+    /// The same with the interface written down.
+    #[must_use]
+    pub fn called_by(mut self, interface: Interface) -> Self {
+        self.interface = Some(interface);
+        self
     }
 
     /// The limits that are set.

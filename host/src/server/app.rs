@@ -83,6 +83,22 @@ impl App {
         Ok(tenant)
     }
 
+    /// The tenant of a plugin that may be called by anyone.
+    ///
+    /// # Errors
+    /// 429 for a tenant whose plugins are called too often.
+    pub fn public_plugin(&self, tenant: &str, plugin: &str) -> Result<Option<Tenant>, Problem> {
+        let names = tenant.parse::<Name>().ok().zip(plugin.parse::<Name>().ok());
+        let found = names.and_then(|(tenant, plugin)| {
+            self.store.plugin(&tenant, &plugin).filter(|plugin| plugin.settings.public)?;
+            self.store.tenant(&tenant).map(Tenant::of_public_plugin)
+        });
+        if let Some(tenant) = &found {
+            self.admission.count_request(tenant)?;
+        }
+        Ok(found)
+    }
+
     /// Passes the operator, for a route on a tenant that need not exist. What a tenant's key may not see is 404 for
     /// it, before it is 403.
     ///

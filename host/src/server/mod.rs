@@ -4,6 +4,7 @@ mod app;
 mod body;
 mod conditions;
 mod connection;
+mod exchange;
 mod pace;
 mod problem;
 mod routes;

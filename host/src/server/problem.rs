@@ -3,7 +3,7 @@
 use axum::body::Body;
 use axum::http::{HeaderName, HeaderValue, Response, StatusCode, header};
 use axum::response::IntoResponse;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::admission::AdmissionError;
 use crate::limit::LimitError;
@@ -73,6 +73,7 @@ codes! {
     Trapped, "trapped", BAD_GATEWAY, "The job trapped";
     OverLimit, "over_limit", BAD_GATEWAY, "The job reached one of its limits";
     Cancelled, "cancelled", BAD_GATEWAY, "The job was ended by order";
+    BadResponse, "bad_response", BAD_GATEWAY, "The plugin's answer cannot be passed on";
     NotRunnable, "not_runnable", BAD_GATEWAY, "The plugin cannot be run";
     Lost, "lost", SERVICE_UNAVAILABLE, "The job was lost by the host's fault";
 }
@@ -83,7 +84,7 @@ pub struct Problem {
     code: Code,
     status: StatusCode,
     detail: String,
-    members: Map<String, Value>,
+    members: Vec<(String, Value)>,
     headers: Vec<(HeaderName, HeaderValue)>,
 }
 
@@ -91,13 +92,21 @@ impl Problem {
     /// A problem with its usual status.
     #[must_use]
     pub fn new(code: Code, detail: impl Into<String>) -> Self {
-        Self { code, status: code.status(), detail: detail.into(), members: Map::new(), headers: Vec::new() }
+        Self { code, status: code.status(), detail: detail.into(), members: Vec::new(), headers: Vec::new() }
     }
 
     /// Adds an extension member.
     #[must_use]
     pub fn with(mut self, name: &str, value: impl Into<Value>) -> Self {
-        self.members.insert(name.to_owned(), value.into());
+        self.members.push((name.to_owned(), value.into()));
+        self
+    }
+
+    /// The same for callers who may know no more than its code, its status and `member`.
+    #[must_use]
+    pub fn bare(mut self, member: &str) -> Self {
+        self.detail = self.code.title().to_owned();
+        self.members.retain(|(name, _)| name == member);
         self
     }
 

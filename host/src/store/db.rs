@@ -10,11 +10,11 @@ use uuid::Uuid;
 use super::StoreError;
 use super::memory::Memory;
 use crate::limit::Runtime;
-use crate::plugin::Plugin;
+use crate::plugin::{Plugin, PluginSettings};
 use crate::tenant::{KeyHash, KeyInfo, TenantRow};
 
 /// Counts up with every change of the schema; `PRAGMA user_version` of the file.
-const SCHEMA_VERSION: i64 = 1;
+const SCHEMA_VERSION: i64 = 2;
 
 const SCHEMA: &str = "
     CREATE TABLE tenants (
@@ -34,12 +34,17 @@ const SCHEMA: &str = "
         revision   TEXT NOT NULL,
         runtime    TEXT NOT NULL,
         bytes      INTEGER NOT NULL,
+        exports    TEXT NOT NULL,
         settings   TEXT NOT NULL,
         created_at TEXT NOT NULL,
         updated_at TEXT NOT NULL,
         PRIMARY KEY (tenant, name)
     ) STRICT;
 ";
+
+/// From version 1, where every plugin was a command.
+const ADD_EXPORTS: &str =
+    r#"ALTER TABLE plugins ADD COLUMN exports TEXT NOT NULL DEFAULT '{"command":true,"http":false}'"#;
 
 /// The open database.
 #[derive(Debug)]
@@ -54,12 +59,8 @@ impl Db {
         connection.pragma_update(None, "foreign_keys", true)?;
         let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
         match version {
-            0 => {
-                let transaction = connection.transaction()?;
-                transaction.execute_batch(SCHEMA)?;
-                transaction.pragma_update(None, "user_version", SCHEMA_VERSION)?;
-                transaction.commit()?;
-            }
+            0 => migrate(&mut connection, SCHEMA)?,
+            1 => migrate(&mut connection, ADD_EXPORTS)?,
             SCHEMA_VERSION => {}
             later => {
                 return Err(StoreError::Content(format!("schema version {later}, written by a later version")));
@@ -83,7 +84,7 @@ impl Db {
             let hash = KeyHash::from_bytes(&hash).ok_or_else(|| StoreError::Content("a key's hash".into()))?;
             memory.add_key(key(row)?, hash);
         }
-        let columns = "tenant, name, revision, runtime, bytes, settings, created_at, updated_at";
+        let columns = "tenant, name, revision, runtime, bytes, exports, settings, created_at, updated_at";
         let mut statement = self.0.prepare(&format!("SELECT {columns} FROM plugins"))?;
         let mut rows = statement.query([])?;
         while let Some(row) = rows.next()? {
@@ -117,10 +118,11 @@ impl Db {
     }
 
     pub(super) fn put_plugin(&mut self, plugin: &Plugin) -> Result<(), StoreError> {
-        let sql = "INSERT INTO plugins (tenant, name, revision, runtime, bytes, settings, created_at, updated_at)
-                   VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
+        let sql =
+            "INSERT INTO plugins (tenant, name, revision, runtime, bytes, exports, settings, created_at, updated_at)
+                   VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
                    ON CONFLICT (tenant, name)
-                   DO UPDATE SET revision = ?3, runtime = ?4, bytes = ?5, settings = ?6, updated_at = ?8";
+                   DO UPDATE SET revision = ?3, runtime = ?4, bytes = ?5, exports = ?6, settings = ?7, updated_at = ?9";
         self.0.execute(
             sql,
             params![
@@ -129,6 +131,7 @@ impl Db {
                 plugin.revision.to_string(),
                 plugin.runtime.word(),
                 i64::try_from(plugin.bytes).unwrap_or(i64::MAX),
+                json(&plugin.exports)?,
                 json(&plugin.settings)?,
                 plugin.created_at.to_string(),
                 plugin.updated_at.to_string(),
@@ -143,6 +146,14 @@ impl Db {
     }
 }
 
+/// Brings the schema to this version.
+fn migrate(connection: &mut Connection, sql: &str) -> Result<(), StoreError> {
+    let transaction = connection.transaction()?;
+    transaction.execute_batch(sql)?;
+    transaction.pragma_update(None, "user_version", SCHEMA_VERSION)?;
+    Ok(transaction.commit()?)
+}
+
 fn tenant(row: &Row<'_>) -> Result<TenantRow, StoreError> {
     Ok(TenantRow { name: parsed(row, 0)?, settings: from_json(row, 1)?, created_at: time(row, 2)? })
 }
@@ -154,6 +165,8 @@ fn key(row: &Row<'_>) -> Result<KeyInfo, StoreError> {
 fn plugin(row: &Row<'_>) -> Result<Plugin, StoreError> {
     let runtime: String = row.get(3)?;
     let bytes: i64 = row.get(4)?;
+    let (exports, settings): (_, PluginSettings) = (from_json(row, 5)?, from_json(row, 6)?);
+    let interface = settings.interface_of(exports).map_err(|error| StoreError::Content(error.to_string()))?;
     Ok(Plugin {
         tenant: parsed(row, 0)?,
         name: parsed(row, 1)?,
@@ -164,9 +177,11 @@ fn plugin(row: &Row<'_>) -> Result<Plugin, StoreError> {
             other => return Err(StoreError::Content(format!("runtime `{other}`"))),
         },
         bytes: u64::try_from(bytes).unwrap_or(0),
-        settings: from_json(row, 5)?,
-        created_at: time(row, 6)?,
-        updated_at: time(row, 7)?,
+        exports,
+        interface,
+        settings,
+        created_at: time(row, 7)?,
+        updated_at: time(row, 8)?,
     })
 }
 

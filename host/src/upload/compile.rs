@@ -5,7 +5,7 @@ use std::io::{Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use holm_runtime::invocation::{Invocation, Report};
+use holm_runtime::invocation::{Exports, Invocation, Report};
 use holm_sandbox::limits::Limits;
 use holm_sandbox::spec::{Kind, SandboxSpec};
 use holm_sandbox::usage::{KillCause, SandboxReport};
@@ -98,18 +98,23 @@ impl Compiler {
         &self.engine
     }
 
-    /// Compiles `source` for `tenant` into a temporary file.
+    /// Compiles `source` for `tenant` into a temporary file, and tells how the artifact can be called.
     ///
     /// # Errors
     /// See [`CompileError`].
-    pub async fn compile(&self, dir: &DataDir, tenant: &Tenant, source: File) -> Result<TempFile, CompileError> {
+    pub async fn compile(
+        &self,
+        dir: &DataDir,
+        tenant: &Tenant,
+        source: File,
+    ) -> Result<(TempFile, Exports), CompileError> {
         let _permit = self.admission.admit_within(tenant, ALLOWANCE, 0).await.map_err(CompileError::Busy)?;
         let out = TempFile::make(dir).map_err(|error| CompileError::Host(error.into()))?;
-        self.run(tenant, source, &out).await?;
-        Ok(out)
+        let exports = self.run(tenant, source, &out).await?;
+        Ok((out, exports))
     }
 
-    async fn run(&self, tenant: &Tenant, source: File, out: &TempFile) -> Result<(), CompileError> {
+    async fn run(&self, tenant: &Tenant, source: File, out: &TempFile) -> Result<Exports, CompileError> {
         let host = |error: anyhow::Error| CompileError::Host(error);
         let sandbox = |error: SandboxError| CompileError::Host(error.into());
         let mut running = self.launcher.launch(self.spec(tenant), source).map_err(sandbox)?;
@@ -144,7 +149,7 @@ impl Compiler {
         SandboxSpec { tenant: tenant.name().clone(), ceiling: tenant.ceiling(), kind: Kind::Compile, program, limits }
     }
 
-    fn verdict(&self, end: SandboxReport, report: Option<Report>, written: u64) -> Result<(), CompileError> {
+    fn verdict(&self, end: SandboxReport, report: Option<Report>, written: u64) -> Result<Exports, CompileError> {
         let over = |what: String| Err(CompileError::OverLimit(what));
         if written > self.limits.artifact_bytes {
             return over(format!("{} bytes of compiled code", self.limits.artifact_bytes));
@@ -153,7 +158,7 @@ impl Compiler {
             (Some(KillCause::Memory), _) => over(format!("{} bytes of memory", self.limits.memory_bytes)),
             (Some(KillCause::WallTime), _) => over(format!("{:?}", self.limits.wall_time)),
             (Some(KillCause::CpuTime), _) => over(format!("{:?} of CPU time", self.limits.cpu_time)),
-            (None, Some(Report::Compiled { bytes })) if bytes == written => Ok(()),
+            (None, Some(Report::Compiled { bytes, exports })) if bytes == written => Ok(exports),
             (None, Some(Report::Invalid(why))) => Err(CompileError::Invalid(why)),
             // the compiler itself broke on these bytes: the tenant's module is at fault as far as the tenant can tell
             (None, None) => Err(CompileError::Invalid(format!("the compiler failed on this module ({:?})", end.exit))),

@@ -5,6 +5,7 @@ mod compile;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use holm_runtime::artifact::{Format, FormatError, inspect};
+use holm_runtime::invocation::Exports;
 use object::ReadCache;
 use tokio::io::AsyncWriteExt;
 
@@ -33,6 +34,8 @@ pub struct ReadyArtifact {
     pub bytes: u64,
     /// What runs it.
     pub runtime: Runtime,
+    /// How it can be called.
+    pub exports: Exports,
     /// Its files.
     pub files: RevisionFiles,
 }
@@ -80,7 +83,7 @@ where
     file.flush().await?;
     let runtime = match inspect_file(&artifact).await? {
         Format::Elf => Runtime::Native,
-        Format::Module | Format::Text => Runtime::Wasm,
+        Format::Module | Format::Component | Format::Text => Runtime::Wasm,
     };
     Ok(Upload { runtime, revision: hasher.finish(), bytes, artifact })
 }
@@ -104,14 +107,14 @@ impl Upload {
         tenant: &Tenant,
     ) -> Result<ReadyArtifact, CompileError> {
         let Self { runtime, revision, bytes, artifact } = self;
-        let compiled = match runtime {
-            Runtime::Native => None,
+        let (compiled, exports) = match runtime {
+            Runtime::Native => (None, Exports::COMMAND),
             Runtime::Wasm => {
                 let source = artifact.reopen().map_err(|error| CompileError::Host(error.into()))?;
-                let compiled = compiler.compile(dir, tenant, source).await?;
-                Some((compiled, compiler.engine().to_owned()))
+                let (compiled, exports) = compiler.compile(dir, tenant, source).await?;
+                (Some((compiled, compiler.engine().to_owned())), exports)
             }
         };
-        Ok(ReadyArtifact { revision, bytes, runtime, files: RevisionFiles { artifact, compiled } })
+        Ok(ReadyArtifact { revision, bytes, runtime, exports, files: RevisionFiles { artifact, compiled } })
     }
 }

@@ -69,7 +69,7 @@ pub(super) async fn representation(finished: Finished, operator: bool) -> Result
 }
 
 /// The problem that an outcome other than success is.
-fn failure(record: &JobRecord, stderr_tail: &[u8]) -> Option<Problem> {
+pub(super) fn failure(record: &JobRecord, stderr_tail: &[u8]) -> Option<Problem> {
     if let Some(problem) = input_too_long(record) {
         return Some(problem);
     }

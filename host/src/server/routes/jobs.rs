@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::job_output;
 use super::job_request::{JobSettings, prefers_representation};
 use super::plugins;
-use crate::job::{Artifact, Input, InputBroken, JobRecord, JobRequest, Selection, State as JobState, Supply};
+use crate::job::{Artifact, Input, InputBroken, JobRecord, JobRequest, Selection, State as JobState, Streams, Supply};
 use crate::limit::Limit;
 use crate::plugin::{Interface, Plugin};
 use crate::server::app::{App, Params, Query};
@@ -78,7 +78,7 @@ pub(super) async fn post(
 ) -> Result<Response, Problem> {
     let tenant = app.tenant(&caller, &tenant)?;
     let (plugin, artifact) = resolve(&app, &tenant, &plugin)?;
-    if plugin.settings.interface != Interface::Command {
+    if plugin.interface != Interface::Command {
         return Err(Problem::new(Code::WrongInterface, "the plugin answers HTTP requests; call it by `/fn`"));
     }
     refuse_encoding(&headers)?;
@@ -91,7 +91,7 @@ pub(super) async fn post(
     let request = JobRequest { tenant, plugin: plugin.clone(), limits, args, env, content_type };
     let body = PacedBody::new(body, app.connections.reading);
     let input: Input = Box::pin(body.map(|chunk| chunk.map_err(|_| InputBroken)));
-    let submitted = app.jobs.submit(request, Supply { artifact, input });
+    let submitted = app.jobs.submit(request, Supply { artifact, streams: Streams::Command(input) });
     let finished = submitted.finished().await?;
     Ok(if prefers_representation(&headers) {
         job_output::representation(finished, caller == Caller::Operator).await?
@@ -102,7 +102,7 @@ pub(super) async fn post(
 
 /// The plugin and its open artifact. A plugin that is replaced between the look at it and the opening of its file is
 /// looked at again.
-fn resolve(app: &App, tenant: &Tenant, name: &str) -> Result<(std::sync::Arc<Plugin>, Artifact), Problem> {
+pub(super) fn resolve(app: &App, tenant: &Tenant, name: &str) -> Result<(std::sync::Arc<Plugin>, Artifact), Problem> {
     for _ in 0..RESOLVE_TRIES {
         let plugin = plugins::existing(app, tenant, name)?;
         if let Some(artifact) = app.jobs.open(&plugin).map_err(|error| Problem::internal(&error))? {

@@ -1,5 +1,6 @@
 //! The routes, and the document that describes them.
 
+mod functions;
 mod health;
 mod job_output;
 mod job_request;
@@ -14,6 +15,7 @@ use axum::body::Body;
 use axum::http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use axum::middleware::{Next, from_fn};
 use axum::response::IntoResponse;
+use axum::routing::any;
 use utoipa::OpenApi;
 use utoipa::openapi::OpenApi as Document;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
@@ -35,6 +37,7 @@ const MAX_HEADER_BYTES: usize = 64 * 1024;
         title = "Holm",
         description = "Functions of many tenants, each job in a process of its own. Errors are RFC 9457 problems; their codes are listed under `ProblemCode`."
     ),
+    paths(functions::call),
     security(("key" = []))
 )]
 struct Description;
@@ -42,7 +45,10 @@ struct Description;
 /// Every route, with the state that they need.
 pub(super) fn router(app: App) -> Router {
     let (router, _) = api().split_for_parts();
-    router
+    // any method, those that no document can list too
+    functions::PATHS
+        .iter()
+        .fold(router, |router, path| router.route(path, any(functions::call)))
         .fallback(async || Problem::not_found())
         .method_not_allowed_fallback(other_method)
         .layer(from_fn(check_size))

@@ -77,7 +77,7 @@ pub(super) struct UploadQuery {
 impl UploadQuery {
     /// The settings with those of the query over them.
     fn over(&self, mut settings: PluginSettings) -> PluginSettings {
-        settings.interface = self.interface.unwrap_or(settings.interface);
+        settings.interface = self.interface.or(settings.interface);
         settings.public = self.public.unwrap_or(settings.public);
         settings
     }
@@ -114,7 +114,7 @@ pub(super) async fn get(
 #[utoipa::path(put, path = "/v1/tenants/{t}/plugins/{p}", params(
         ("t" = String, Path, description = "the tenant"), ("p" = String, Path, description = "the plugin"), UploadQuery),
     request_body(content = Vec<u8>, content_type = "application/octet-stream",
-        description = "an ELF program, a WebAssembly module or WebAssembly text; or multipart/form-data with the parts `artifact` and `manifest`"),
+        description = "an ELF program, a WebAssembly module or component, or WebAssembly text; or multipart/form-data with the parts `artifact` and `manifest`"),
     responses((status = 201, body = inline(PluginView)), (status = 200, body = inline(PluginView))))]
 pub(super) async fn put(
     State(app): State<App>,
@@ -145,6 +145,7 @@ pub(super) async fn put(
     // an upload takes long enough for a change of the settings to come between
     let kept = kept();
     let settings = check(&kept)?;
+    let interface = settings.interface_of(ready.exports).map_err(|error| invalid_artifact(error.to_string()))?;
     let allowed: Precondition<Plugin> = Box::new(move |now| {
         let still = || now.map(|now| now.settings.clone()).unwrap_or_default() == kept;
         (manifest.is_some() || still()) && conditions.hold(now.map(plugin_etag).as_deref())
@@ -156,6 +157,8 @@ pub(super) async fn put(
         revision: ready.revision,
         runtime: ready.runtime,
         bytes: ready.bytes,
+        exports: ready.exports,
+        interface,
         settings,
         created_at: updated_at,
         updated_at,
@@ -185,7 +188,8 @@ pub(super) async fn patch(
     let patch: Map<String, Value> = read_json(&headers, body, app.connections.reading).await?;
     let settings: PluginSettings = patched(&now.settings, patch)?;
     settings.check(&now.settings, now.runtime, &tenant.job_maximums(&app.job_maximums))?;
-    let plugin = Plugin { settings, updated_at: Timestamp::now(), ..(*now).clone() };
+    let interface = settings.interface_of(now.exports)?;
+    let plugin = Plugin { settings, interface, updated_at: Timestamp::now(), ..(*now).clone() };
     // what was patched must still be there, whatever else the request demands
     let seen = plugin_etag(&now);
     let allowed: Precondition<Plugin> = Box::new(move |plugin| {
@@ -328,7 +332,7 @@ fn view(app: &App, tenant: &Tenant, plugin: &Plugin) -> PluginView {
         revision: plugin.revision.to_string(),
         runtime: plugin.runtime,
         bytes: plugin.bytes,
-        settings: plugin.settings.clone(),
+        settings: plugin.settings.clone().called_by(plugin.interface),
         effective_limits: limits.to_json(),
         created_at: plugin.created_at,
         updated_at: plugin.updated_at,

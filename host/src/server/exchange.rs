@@ -1,0 +1,203 @@
+//! One HTTP request to a guest and its response: what is passed on of their headers, and their bodies as they flow.
+
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use axum::body::{Body, Bytes};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header};
+use futures_util::StreamExt;
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+
+use super::body::PacedBody;
+use super::pace::PaceRule;
+use crate::job::{Line, Meter, Submitted};
+
+/// Header fields of a response, and the bytes of all of them together: what a request may have too.
+const MAX_HEADERS: usize = 128;
+const MAX_HEAD_BYTES: usize = 64 * 1024;
+
+/// Headers of one connection, which mean nothing on the next (RFC 9110, section 7.6.1), and `Expect`, which is ours to
+/// answer.
+const HOP_BY_HOP: [HeaderName; 9] = [
+    header::CONNECTION,
+    header::TRANSFER_ENCODING,
+    header::TE,
+    header::TRAILER,
+    header::UPGRADE,
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    header::EXPECT,
+    HeaderName::from_static("keep-alive"),
+];
+
+/// Headers that speak for the host itself, in both directions.
+const OURS: &str = "holm-";
+
+/// The authority of a request that names none, as HTTP/1.0 ones may.
+const NO_HOST: HeaderValue = HeaderValue::from_static("localhost");
+
+/// The guest gave no response, or one that is not HTTP or may not be passed on.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ExchangeError {
+    /// The connection to the guest ended, or what came over it was no HTTP response.
+    #[error("no HTTP response came")]
+    Http(#[from] hyper::Error),
+    /// An informational status, which only the server of a connection may send.
+    #[error("the status {0} cannot be passed on")]
+    Status(StatusCode),
+}
+
+/// Sends `request` to the guest and gives the head of its response; the body follows as it is read.
+pub(super) async fn exchange(
+    line: Line,
+    mut request: Request<Body>,
+    rule: PaceRule,
+) -> Result<(Response<Incoming>, Meter), ExchangeError> {
+    let Line { to_guest, from_guest, meter } = line;
+    let io = TokioIo::new(tokio::io::join(from_guest, to_guest));
+    let (mut sender, connection) =
+        http1::Builder::new().max_headers(MAX_HEADERS).max_buf_size(MAX_HEAD_BYTES).handshake(io).await?;
+    // ends with the guest, whose ends of the pipes go with it
+    tokio::spawn(connection);
+    request.headers_mut().entry(header::HOST).or_insert(NO_HOST);
+    let counted = meter.clone();
+    let response = sender.send_request(request.map(|body| metered(body, counted, rule))).await?;
+    if response.status().is_informational() {
+        return Err(ExchangeError::Status(response.status()));
+    }
+    Ok((response, meter))
+}
+
+/// A request's body, counted, and ended with its job if it breaks off or comes too slowly.
+fn metered(body: Body, meter: Meter, rule: PaceRule) -> Body {
+    if body.is_end_stream() {
+        return Body::empty();
+    }
+    Body::from_stream(PacedBody::new(body, rule).map(move |chunk| match chunk {
+        Ok(chunk) => meter.count_input(chunk.len()).map(|()| chunk).map_err(axum::Error::new),
+        Err(error) => {
+            meter.input_broken();
+            Err(axum::Error::new(error))
+        }
+    }))
+}
+
+/// Takes out what is not for the other side: headers of this connection, also those that `Connection` names, and the
+/// host's own.
+pub(super) fn pass_on(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        // which are about the message, whatever `Connection` says
+        .filter(|name| ![header::CONTENT_LENGTH, header::HOST].contains(name))
+        .collect();
+    let ours = headers.keys().filter(|name| name.as_str().starts_with(OURS)).cloned();
+    let unwanted: Vec<HeaderName> =
+        ours.chain(named).chain(HOP_BY_HOP).chain([HeaderName::from_static("proxy-connection")]).collect();
+    for name in unwanted {
+        headers.remove(name);
+    }
+}
+
+/// A response's body on its way to the client. Dropped before its end, it ends the job: nobody reads on.
+#[derive(Debug)]
+pub(super) struct GuestBody {
+    body: Incoming,
+    meter: Meter,
+    job: Option<Submitted>,
+}
+
+impl GuestBody {
+    pub(super) fn new(body: Incoming, meter: Meter, job: Submitted) -> Self {
+        Self { body, meter, job: Some(job) }
+    }
+
+    /// All of it has come; what the guest does after that is its own affair.
+    fn complete(&mut self) {
+        if let Some(job) = self.job.take() {
+            job.let_go();
+        }
+    }
+}
+
+impl HttpBody for GuestBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+            Some(Ok(frame)) => {
+                let bytes = frame.data_ref().map_or(0, Bytes::len);
+                Poll::Ready(Some(self.meter.count_output(bytes).map(|()| frame).map_err(axum::Error::new)))
+            }
+            Some(Err(error)) => Poll::Ready(Some(Err(axum::Error::new(error)))),
+            None => {
+                self.complete();
+                Poll::Ready(None)
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for GuestBody {
+    fn drop(&mut self) {
+        // a body that is known to be empty, or whose last piece was its end, is never asked for more
+        if self.body.is_end_stream() {
+            self.complete();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_belongs_to_a_connection_or_to_the_host_is_not_passed_on() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("connection", "close, X-Private"),
+            ("connection", "other"),
+            ("x-private", "1"),
+            ("other", "1"),
+            ("keep-alive", "timeout=5"),
+            ("proxy-connection", "keep-alive"),
+            ("transfer-encoding", "chunked"),
+            ("upgrade", "websocket"),
+            ("holm-job-id", "forged"),
+            ("expect", "100-continue"),
+            ("content-length", "5"),
+            ("accept", "*/*"),
+            ("traceparent", "00-1-2-00"),
+        ] {
+            headers.append(HeaderName::from_static(name), HeaderValue::from_static(value));
+        }
+        pass_on(&mut headers);
+        let mut left: Vec<&str> = headers.keys().map(HeaderName::as_str).collect();
+        left.sort_unstable();
+        assert_eq!(left, ["accept", "content-length", "traceparent"]);
+    }
+
+    #[test]
+    fn connection_cannot_name_what_holds_the_message_together() {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONNECTION, HeaderValue::from_static("content-length, host"));
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("5"));
+        headers.insert(header::HOST, HeaderValue::from_static("a"));
+        pass_on(&mut headers);
+        assert!(headers.contains_key(header::CONTENT_LENGTH) && headers.contains_key(header::HOST));
+    }
+}
