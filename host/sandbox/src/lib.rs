@@ -15,6 +15,7 @@ mod init;
 pub mod launcher;
 pub mod limits;
 pub mod name;
+pub mod policy;
 pub mod probe;
 pub mod protocol;
 pub mod spec;
@@ -26,4 +27,3 @@ pub mod wire;
 pub mod workload;
 
 pub use crate::error::{LaunchError, Step};
-pub use crate::init::seccomp;

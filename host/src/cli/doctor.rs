@@ -4,12 +4,15 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use clap::Args;
+use holm_sandbox::policy::Policy;
 use holm_sandbox::probe::{self, Check, Status, TrialError};
+use holm_sandbox::spec::Kind;
 use holm_sandbox::uids::LOCK_DIR;
 use serde_json::json;
 
 use super::serve::start_launcher;
 use super::{EX_OSERR, EX_UNAVAILABLE, Fatal, OrExit};
+use crate::job::{OWN_ENV, USUAL_ENV};
 use crate::store::DataDir;
 
 /// What to tell, and how.
@@ -18,6 +21,9 @@ pub(super) struct DoctorArgs {
     /// Print JSON
     #[arg(long)]
     json: bool,
+    /// Print what a job of each kind can reach: mounts, devices, Landlock rules, limits, system calls, environment
+    #[arg(long)]
+    policy: bool,
     /// Where servers on this host agree about uids
     #[arg(long, value_name = "DIR", default_value = LOCK_DIR, hide = true)]
     lock_dir: PathBuf,
@@ -25,6 +31,9 @@ pub(super) struct DoctorArgs {
 
 /// Looks at the machine and prints what it finds. 0 only if jobs can be fully isolated.
 pub(super) fn run(args: &DoctorArgs) -> Result<u8, Fatal> {
+    if args.policy {
+        return print_policy(args.json);
+    }
     let mut checks = probe::machine(&args.lock_dir);
     if checks.iter().all(|check| check.status != Status::Fail) {
         checks.push(trial(args));
@@ -38,6 +47,20 @@ pub(super) fn run(args: &DoctorArgs) -> Result<u8, Fatal> {
     };
     writeln!(io::stdout(), "{text}").or_exit(EX_OSERR)?;
     Ok(if good { 0 } else { EX_UNAVAILABLE })
+}
+
+/// The policy, from the tables that are enforced.
+fn print_policy(as_json: bool) -> Result<u8, Fatal> {
+    let kinds = Kind::ALL.map(Policy::of);
+    let names: Vec<&str> = USUAL_ENV.iter().map(|(name, _)| *name).chain(OWN_ENV).collect();
+    let text = if as_json {
+        serde_json::to_string_pretty(&json!({"kinds": kinds, "environment": names})).or_exit(EX_OSERR)?
+    } else {
+        let kinds = kinds.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+        format!("{kinds}\nenvironment of a job: {}, and what the plugin and the request set", names.join(", "))
+    };
+    writeln!(io::stdout(), "{text}").or_exit(EX_OSERR)?;
+    Ok(0)
 }
 
 /// All layers together: a sandbox is made, read back from the kernel, and thrown away.

@@ -26,6 +26,7 @@ pub use self::outcome::{Outcome, Stop};
 pub use self::record::{IsolationRecord, JobRecord, State, UsageRecord};
 use self::registry::{Entry, Registry};
 pub use self::registry::{FINISHED_KEPT, Selection};
+pub use self::run::{OWN_ENV, USUAL_ENV};
 use crate::admission::{Admission, AdmissionError};
 use crate::launcher::{Content, Launcher};
 use crate::limit::{Limits, Runtime};

@@ -1,5 +1,6 @@
 //! The life of one job, in its own task: admitted, launched, fed, read, judged, recorded.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::future::pending;
 use std::sync::Arc;
@@ -29,6 +30,12 @@ use crate::upload::CompileError;
 
 /// What is kept of standard error.
 const STDERR_TAIL_BYTES: usize = 4096;
+
+/// Variables that every job has unless its plugin or its request sets them.
+pub const USUAL_ENV: [(&str, &str); 4] = [("PATH", "/bin"), ("HOME", "/tmp"), ("TMPDIR", "/tmp"), ("LANG", "C.UTF-8")];
+
+/// Variables that the host sets, and nobody else can: the job's id, its tenant, its plugin, its input's content type.
+pub const OWN_ENV: [&str; 4] = ["HOLM_JOB_ID", "HOLM_TENANT", "HOLM_PLUGIN", "HOLM_CONTENT_TYPE"];
 
 /// How a job ended and what came out of it.
 struct End {
@@ -295,20 +302,12 @@ fn spec(request: &JobRequest) -> SandboxSpec {
 
 /// Arguments, environment and fuel. The job's own variables come last, so that nothing can stand in their place.
 fn invocation(entry: &Entry, request: &JobRequest) -> Invocation {
-    let host = |name: &str, value: &str| (name.to_owned(), value.to_owned());
-    let mut env = std::collections::BTreeMap::from([
-        host("PATH", "/bin"),
-        host("HOME", "/tmp"),
-        host("TMPDIR", "/tmp"),
-        host("LANG", "C.UTF-8"),
-    ]);
+    let owned = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
+    let mut env: BTreeMap<String, String> = USUAL_ENV.into_iter().map(owned).collect();
     env.extend(request.env.clone());
-    env.extend([
-        host("HOLM_JOB_ID", &entry.id.to_string()),
-        host("HOLM_TENANT", entry.tenant.as_str()),
-        host("HOLM_PLUGIN", entry.plugin.as_str()),
-        host("HOLM_CONTENT_TYPE", &request.content_type),
-    ]);
+    let id = entry.id.to_string();
+    let own = [&id, entry.tenant.as_str(), entry.plugin.as_str(), &request.content_type];
+    env.extend(OWN_ENV.into_iter().zip(own).map(owned));
     let mut args = vec![entry.plugin.to_string()];
     args.extend(request.args.clone());
     let interface = request.plugin.interface.into();

@@ -10,6 +10,17 @@ use crate::sys::process::join_new_session_keyring;
 /// Descriptors that Holm's own runtime holds inside a Wasm job, on top of what the guest opens.
 const RUNTIME_FILES: u64 = 16;
 
+/// Resource limits that are the same for every job. What a job's own limits set comes on top: open files, and the stack
+/// of native programs. There is none on the address space, which would break language runtimes.
+pub(crate) const RLIMITS: [(Resource, u64, &str); 6] = [
+    (Resource::RLIMIT_CORE, 0, "no core file: nowhere to write it, nobody to read it"),
+    (Resource::RLIMIT_MEMLOCK, 64 * 1024, "locked memory cannot be reclaimed"),
+    (Resource::RLIMIT_MSGQUEUE, 0, "POSIX queues hold kernel memory"),
+    (Resource::RLIMIT_RTPRIO, 0, "real-time scheduling would starve the host"),
+    (Resource::RLIMIT_NICE, 0, "cpu_weight decides, not the job"),
+    (Resource::RLIMIT_SIGPENDING, 1024, "queued signals and timers hold kernel memory"),
+];
+
 /// Becomes root of the new user namespace, in a session of its own and with no supplementary groups.
 pub(crate) fn become_namespace_root() -> nix::Result<()> {
     setsid()?;
@@ -38,16 +49,9 @@ pub(crate) fn become_job_user() -> nix::Result<()> {
 /// address space, and the memory controller counts what is really used.
 pub(crate) fn set_rlimits(spec: &SandboxSpec) -> nix::Result<()> {
     let files = u64::from(spec.limits.open_files);
-    let limits = [
-        (Resource::RLIMIT_NOFILE, if spec.kind == Kind::Wasm { files + RUNTIME_FILES } else { files }),
-        (Resource::RLIMIT_CORE, 0),
-        (Resource::RLIMIT_MEMLOCK, 64 * 1024),
-        (Resource::RLIMIT_MSGQUEUE, 0),
-        (Resource::RLIMIT_RTPRIO, 0),
-        (Resource::RLIMIT_NICE, 0),
-        (Resource::RLIMIT_SIGPENDING, 1024),
-    ];
-    for (resource, value) in limits {
+    let files = if spec.kind == Kind::Wasm { files + RUNTIME_FILES } else { files };
+    setrlimit(Resource::RLIMIT_NOFILE, files, files)?;
+    for (resource, value, _) in RLIMITS {
         setrlimit(resource, value, value)?;
     }
     if spec.kind == Kind::Native {

@@ -40,7 +40,7 @@ fn try_restrict(kind: Kind) -> Result<bool, Box<dyn std::error::Error>> {
 }
 
 /// What may be done beneath which path. Nothing gives a right on files right below `/`: `/.landlock` must stay closed.
-fn rules(kind: Kind) -> Vec<(&'static str, BitFlags<AccessFs>)> {
+pub(crate) fn rules(kind: Kind) -> Vec<(&'static str, BitFlags<AccessFs>)> {
     let in_tmp = AccessFs::from_all(VETTED)
         & !(AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock | AccessFs::IoctlDev);
     let read = AccessFs::ReadFile | AccessFs::ReadDir;

@@ -8,7 +8,7 @@ pub(crate) mod identity;
 pub(crate) mod landlock;
 pub(crate) mod reaper;
 pub(crate) mod root;
-pub mod seccomp;
+pub(crate) mod seccomp;
 
 use std::convert::Infallible;
 use std::fs;

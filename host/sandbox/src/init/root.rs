@@ -1,14 +1,6 @@
 //! The private root: a fresh tmpfs that only this sandbox has, assembled by descriptor and pivoted into.
 //!
-//! ```text
-//! native                          Wasm             compile
-//! /            ro,nosuid,nodev    the same         the same
-//! /bin/<name>  the program        -                -
-//! /dev         six devices, ro    -                -
-//! /proc        subset=pid, ro     -                -
-//! /tmp         sized, noexec      the same         -
-//! /.landlock   see `landlock`     the same         the same
-//! ```
+//! What there is in which kind of sandbox is [`mounts`], [`DEVICES`] and, everywhere, the file of [`LANDLOCK_PROOF`].
 //!
 //! No file of the host is bound in, none of its paths is resolved: the launcher's own root, which the child starts
 //! in, holds nothing but `/proc` and an empty directory to mount on.
@@ -51,12 +43,74 @@ const DEV_LINKS: [(&str, &str); 5] = [
     ("shm", "/tmp"),
 ];
 
+/// One mount of a sandbox.
+pub(crate) struct Mount {
+    pub(crate) at: &'static CStr,
+    pub(crate) fs: &'static CStr,
+    /// As tenant code finds it.
+    pub(crate) attr: MountAttr,
+    pub(crate) why: &'static str,
+}
+
+const BASE: MountAttr = MountAttr::NOSUID.and(MountAttr::NODEV);
+const NATIVE_ROOT: Mount = Mount {
+    at: c"/",
+    fs: c"tmpfs",
+    attr: BASE.and(MountAttr::RDONLY),
+    why: "directories, and in /bin the program: a copy of the job's own",
+};
+const BARE_ROOT: Mount = Mount {
+    at: c"/",
+    fs: c"tmpfs",
+    attr: BASE.and(MountAttr::RDONLY).and(MountAttr::NOEXEC),
+    why: "directories to mount on, nothing else",
+};
+const DEV: Mount = Mount {
+    at: c"/dev",
+    fs: c"tmpfs",
+    attr: MountAttr::NOSUID.and(MountAttr::NOEXEC).and(MountAttr::RDONLY),
+    why: "the devices below; each job has nodes of its own",
+};
+const PROC: Mount = Mount {
+    at: c"/proc",
+    fs: c"proc",
+    attr: BASE.and(MountAttr::NOEXEC).and(MountAttr::RDONLY),
+    why: "the job's own processes (subset=pid, hidepid=invisible); no file about the host",
+};
+const TMP: Mount = Mount {
+    at: c"/tmp",
+    fs: c"tmpfs",
+    attr: BASE.and(MountAttr::NOEXEC),
+    why: "the only place to write; sized by scratch_bytes and scratch_inodes, charged to the job's memory",
+};
+
+/// The mounts of one kind of sandbox, the root first.
+pub(crate) fn mounts(kind: Kind) -> &'static [Mount] {
+    match kind {
+        Kind::Native => &[NATIVE_ROOT, DEV, PROC, TMP],
+        Kind::Wasm => &[BARE_ROOT, TMP],
+        Kind::Compile => &[BARE_ROOT],
+    }
+}
+
+impl Mount {
+    /// Attributes to make it with: it can still be built, until [`Mount::seal`].
+    fn open(&self) -> MountAttr {
+        MountAttr(self.attr.0 & !MountAttr::RDONLY.0)
+    }
+
+    /// Makes it as tenant code shall find it.
+    fn seal(&self, mount: BorrowedFd<'_>) -> nix::Result<()> {
+        restrict(mount, self.attr)
+    }
+}
+
 /// Makes `/dev`, not attached anywhere. For the launcher: device nodes can only be made with the host's privilege.
 ///
 /// Each sandbox has its own, so that the nodes' inodes (locks, timestamps) are no channel between jobs.
 pub(crate) fn make_dev() -> nix::Result<OwnedFd> {
     let options = [(c"size", c"4k"), (c"nr_inodes", c"16"), (c"mode", c"0755")];
-    let dev = new_mount(c"tmpfs", &options, MountAttr::NOSUID | MountAttr::NOEXEC)?;
+    let dev = new_mount(DEV.fs, &options, DEV.open())?;
     for (name, major, minor) in DEVICES {
         mknodat(&dev, name, SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(major, minor))?;
         fchmodat(&dev, name, Mode::from_bits_truncate(0o666), nix::sys::stat::FchmodatFlags::FollowSymlink)?;
@@ -64,7 +118,7 @@ pub(crate) fn make_dev() -> nix::Result<OwnedFd> {
     for (name, target) in DEV_LINKS {
         symlinkat(target, &dev, name)?;
     }
-    restrict(dev.as_fd(), MountAttr::RDONLY)?;
+    DEV.seal(dev.as_fd())?;
     Ok(dev)
 }
 
@@ -80,11 +134,10 @@ pub(crate) fn enter(spec: &SandboxSpec, program: BorrowedFd<'_>, dev: Option<&Ow
         let dev = dev.ok_or(Errno::EBADF).at(Step::MountDev)?;
         attach(dev.as_fd(), root.as_fd(), c"dev").at(Step::MountDev)?;
         let options = [(c"subset", c"pid"), (c"hidepid", c"invisible")];
-        let attr = MountAttr::RDONLY | MountAttr::NOSUID | MountAttr::NODEV | MountAttr::NOEXEC;
-        let proc = new_mount(c"proc", &options, attr).at(Step::MountProc)?;
+        let proc = new_mount(PROC.fs, &options, PROC.attr).at(Step::MountProc)?;
         attach(proc.as_fd(), root.as_fd(), c"proc").at(Step::MountProc)?;
     }
-    restrict(root.as_fd(), MountAttr::RDONLY).at(Step::SealRoot)?;
+    root_of(spec.kind).seal(root.as_fd()).at(Step::SealRoot)?;
     pivot(&root).at(Step::PivotRoot)
 }
 
@@ -93,11 +146,8 @@ fn make_root(spec: &SandboxSpec, program: BorrowedFd<'_>) -> Result<OwnedFd, Lau
     let program_bytes = if native { program_size(program).at(Step::CopyProgram)? } else { 0 };
     let size = decimal(program_bytes + ROOT_OVERHEAD_BYTES).at(Step::MakeRoot)?;
     let options = [(c"size", size.as_c_str()), (c"nr_inodes", ROOT_INODES), (c"mode", c"0755")];
-    let mut attr = MountAttr::NOSUID | MountAttr::NODEV;
-    if !native {
-        attr = attr | MountAttr::NOEXEC;
-    }
-    let root = new_mount(c"tmpfs", &options, attr).at(Step::MakeRoot)?;
+    let mount = root_of(spec.kind);
+    let root = new_mount(mount.fs, &options, mount.open()).at(Step::MakeRoot)?;
     attach(root.as_fd(), AT_FDCWD, MOUNT_POINT).at(Step::MakeRoot)?;
     let directories: &[&str] = match spec.kind {
         Kind::Native => &["bin", "dev", "proc", "tmp"],
@@ -127,7 +177,11 @@ fn make_tmp(spec: &SandboxSpec) -> nix::Result<OwnedFd> {
         (c"uid", id.as_c_str()),
         (c"gid", id.as_c_str()),
     ];
-    new_mount(c"tmpfs", &options, MountAttr::NOSUID | MountAttr::NODEV | MountAttr::NOEXEC)
+    new_mount(TMP.fs, &options, TMP.attr)
+}
+
+fn root_of(kind: Kind) -> &'static Mount {
+    &mounts(kind)[0]
 }
 
 /// The size of the program, which must be a regular file: the descriptor comes from the unprivileged server.

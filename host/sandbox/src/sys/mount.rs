@@ -15,12 +15,29 @@ impl MountAttr {
     pub(crate) const NOSUID: Self = Self(libc::MOUNT_ATTR_NOSUID);
     pub(crate) const NODEV: Self = Self(libc::MOUNT_ATTR_NODEV);
     pub(crate) const NOEXEC: Self = Self(libc::MOUNT_ATTR_NOEXEC);
+
+    pub(crate) const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+impl MountAttr {
+    /// As `mount(8)` writes it.
+    pub(crate) fn words(self) -> Vec<&'static str> {
+        let flags = [(Self::RDONLY, "ro"), (Self::NOSUID, "nosuid"), (Self::NODEV, "nodev"), (Self::NOEXEC, "noexec")];
+        let mut words: Vec<&str> =
+            flags.iter().filter(|(flag, _)| self.0 & flag.0 != 0).map(|(_, word)| *word).collect();
+        if self.0 & Self::RDONLY.0 == 0 {
+            words.insert(0, "rw");
+        }
+        words
+    }
 }
 
 impl std::ops::BitOr for MountAttr {
     type Output = Self;
     fn bitor(self, other: Self) -> Self {
-        Self(self.0 | other.0)
+        self.and(other)
     }
 }
 

@@ -5,7 +5,7 @@
 //! kernel applies the strictest of all filters, so the two together are the policy.
 
 mod bpf;
-pub mod policy;
+pub(crate) mod policy;
 
 use libc::sock_filter;
 
@@ -46,6 +46,6 @@ pub(crate) const FILTERS: u32 = 2;
 
 /// The published policy of one kind: every system call that tenant code may make, whether under a condition, and why.
 #[must_use]
-pub fn published(kind: Kind) -> Vec<Entry> {
+pub(crate) fn published(kind: Kind) -> Vec<Entry> {
     policy::entries(kind).into_iter().filter(|e| e.phase == Phase::Job || e.after != policy::REFUSED).collect()
 }

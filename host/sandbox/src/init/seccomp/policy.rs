@@ -6,13 +6,13 @@ use crate::spec::Kind;
 
 /// One line of the policy.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub(crate) struct Entry {
     /// The call's name in the kernel.
-    pub name: &'static str,
+    pub(crate) name: &'static str,
     /// Its number on x86-64.
-    pub number: u32,
+    pub(crate) number: u32,
     /// Why it is on the list, and under which condition.
-    pub reason: &'static str,
+    pub(crate) reason: &'static str,
     pub(super) verdict: Verdict,
     pub(super) phase: Phase,
     /// For calls of set-up: what the last filter makes of them.
@@ -22,7 +22,7 @@ pub struct Entry {
 impl Entry {
     /// Whether only some arguments are let through.
     #[must_use]
-    pub fn conditional(&self) -> bool {
+    pub(crate) fn conditional(&self) -> bool {
         matches!(self.verdict, If(..)) || matches!(self.after, If(..))
     }
 }
