@@ -26,6 +26,9 @@ const MAX_RANDOM_BYTES: u64 = 1024 * 1024;
 /// than a whole small job may have.
 const MAX_HOSTCALL_BYTES: usize = 8 * 1024 * 1024;
 
+/// Fuel that a guest is given and may not use: the engine stops a guest when all is used up, not when it wants more.
+const SPARE_FUEL: u64 = 1;
+
 /// The only directory that the guest has.
 const SCRATCH: &str = "/tmp";
 
@@ -56,6 +59,9 @@ pub fn load(artifact: File, stack_bytes: usize) -> Result<Loaded> {
     let module = map_artifact(&engine, artifact)?;
     let mut linker: Linker<State> = Linker::new(&engine);
     p1::add_to_linker_async(&mut linker, |state: &mut State| &mut state.wasi)?;
+    // wasmtime's own turns codes of 126 and more into an error; a native program may end with any
+    linker.allow_shadowing(true);
+    linker.func_wrap("wasi_snapshot_preview1", "proc_exit", |code: i32| -> Result<()> { Err(I32Exit(code).into()) })?;
     let module = linker.instantiate_pre(&module)?;
     // one thread: a job may have a pids limit of 1, and file calls block this thread because nothing else waits
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
@@ -81,11 +87,14 @@ impl Loaded {
             })
         }));
         let end = match result {
+            Ok(Err(error)) if !has_run(&error) => return Report::NotRunnable(short(format!("{error:#}"))),
             Ok(result) => end_of(result),
             Err(panic) => internal(panic.as_ref()),
         };
-        let fuel_used = invocation.fuel - store.get_fuel().unwrap_or(0).min(invocation.fuel);
-        Report::Wasm { end, fuel_used }
+        // the engine looks at loops and calls only: what was overdrawn after the last of them shows in the spare unit
+        let left = store.get_fuel().unwrap_or(0);
+        let end = if left < SPARE_FUEL { WasmEnd::OutOfFuel } else { end };
+        Report::Wasm { end, fuel_used: invocation.fuel.saturating_sub(left.saturating_sub(SPARE_FUEL)) }
     }
 
     fn store(&self, invocation: &Invocation, memory_bytes: usize) -> Result<Store<State>> {
@@ -103,7 +112,7 @@ impl Loaded {
         let mut store = Store::new(self.module.module().engine(), State { wasi: wasi.build_p1(), limiter });
         store.limiter(|state| &mut state.limiter);
         store.set_hostcall_fuel(MAX_HOSTCALL_BYTES);
-        store.set_fuel(invocation.fuel)?;
+        store.set_fuel(invocation.fuel.saturating_add(SPARE_FUEL))?;
         Ok(store)
     }
 }
@@ -146,6 +155,12 @@ impl ResourceLimiter for Limiter {
     }
 }
 
+/// Whether an error can have come from the guest's doing: else the module cannot even be instantiated, for instance
+/// because its tables are larger than [`MAX_TABLE_ELEMENTS`].
+fn has_run(error: &wasmtime::Error) -> bool {
+    error.is::<Trap>() || error.is::<I32Exit>() || error.is::<OutOfMemory>() || error.is::<WasmBacktrace>()
+}
+
 fn end_of(result: Result<()>) -> WasmEnd {
     let Err(error) = result else { return WasmEnd::Exited(0) };
     if let Some(exit) = error.downcast_ref::<I32Exit>() {
@@ -158,7 +173,7 @@ fn end_of(result: Result<()>) -> WasmEnd {
     match error.downcast_ref::<Trap>() {
         Some(Trap::OutOfFuel) => WasmEnd::OutOfFuel,
         Some(trap) => WasmEnd::Trapped { code: snake_case(&format!("{trap:?}")), backtrace },
-        // a WASI call's own refusal to go on, or a module that cannot be instantiated within its limits
+        // a WASI call's own refusal to go on
         None => WasmEnd::Trapped { code: "host_error".into(), backtrace: short(format!("{error:#}\n{backtrace}")) },
     }
 }
