@@ -171,7 +171,7 @@ impl Config {
         for (name, value) in env {
             if let Some(key) = name.strip_prefix(PREFIX).filter(|_| !NOT_SETTINGS.contains(&name.as_str())) {
                 table.insert(key.to_ascii_lowercase(), plain_or_toml(&value));
-                origin.push_str(" and the environment");
+                origin.push_str(&format!(" and {name}"));
             }
         }
         for (key, value) in flags {

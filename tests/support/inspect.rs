@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 
 use serde_json::Value;
 
@@ -42,6 +43,16 @@ impl Running {
         let mut own: Vec<Process> = pids.filter(|process| process.cgroups()["pids"] == cgroup).collect();
         own.sort_by_key(Process::inside_pid);
         own
+    }
+
+    /// A file of its own cgroup, in the hierarchy that has one of this name.
+    #[track_caller]
+    pub fn cgroup_file(&self, server: &Server, file: &str) -> PathBuf {
+        let cgroup = self.record["isolation"]["cgroups"]["pids"].as_str().unwrap();
+        let (_, below) = cgroup.split_once("/holm-").unwrap();
+        let (_, leaf) = below.split_once('/').unwrap();
+        let mut files = server.cgroups().into_iter().map(|root| root.join(leaf).join(file));
+        files.find(|path| path.exists()).unwrap_or_else(|| panic!("no `{file}` in any hierarchy"))
     }
 
     /// Sends more of the input.

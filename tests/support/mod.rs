@@ -5,6 +5,8 @@
 #![allow(dead_code, unreachable_pub)] // each test file uses its own part of it
 #![allow(clippy::unwrap_used)] // a test that cannot go on should say where
 
+pub mod elf;
+pub mod family;
 pub mod inspect;
 pub mod raw;
 pub mod wat;
@@ -92,13 +94,18 @@ impl Server {
 
     /// Starts a server in a directory that may have been another's before.
     pub fn start_in(dir: TempDir, config: &str) -> Self {
-        let mut command = Self::command(&dir, config);
+        Self::spawn(Self::command(&dir, config), dir)
+    }
+
+    /// Starts a server by a command that was made for this directory.
+    pub fn spawn(mut command: Command, dir: TempDir) -> Self {
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut stdout = BufReader::new(child.stdout.take().unwrap());
         let mut line = String::new();
         stdout.read_line(&mut line).unwrap();
         let Some(url) = line.trim().strip_prefix("listening on ") else {
-            panic!("the server did not start: {line:?}, {}", child.wait().unwrap());
+            let log = fs::read_to_string(dir.path().join("log")).unwrap();
+            panic!("the server did not start: {line:?}, {}\n{log}", child.wait().unwrap());
         };
         let agent = Agent::config_builder().http_status_as_error(false).timeout_global(Some(2 * PATIENCE)).build();
         let url = url.to_owned();

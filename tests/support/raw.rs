@@ -127,6 +127,7 @@ impl Raw {
     }
 
     /// Everything that comes until the server closes the connection.
+    #[allow(clippy::wrong_self_convention)] // it converts nothing: it reads to the end
     pub fn to_the_end(&mut self) -> Vec<u8> {
         while self.read_more() {}
         std::mem::take(&mut self.rest)

@@ -26,10 +26,12 @@ fn signature(name: &str) -> String {
     let (params, result) = match name {
         "proc_exit" => ("i32", false),
         "fd_close" => ("i32", true),
-        "args_get" | "args_sizes_get" | "environ_get" | "environ_sizes_get" | "fd_prestat_get" | "random_get"
-        | "sock_shutdown" => ("i32 i32", true),
+        "args_get" | "args_sizes_get" | "fd_renumber" | "environ_get" | "environ_sizes_get" | "fd_prestat_get"
+        | "random_get" | "sock_shutdown" => ("i32 i32", true),
         "fd_prestat_dir_name" | "path_unlink_file" | "path_create_directory" | "sock_accept" => ("i32 i32 i32", true),
         "fd_read" | "fd_write" | "poll_oneoff" => ("i32 i32 i32 i32", true),
+        "fd_readdir" | "fd_pread" => ("i32 i32 i32 i64 i32", true),
+        "fd_seek" => ("i32 i64 i32 i32", true),
         "clock_time_get" => ("i32 i64 i32", true),
         "path_symlink" | "sock_send" => ("i32 i32 i32 i32 i32", true),
         "path_rename" | "sock_recv" => ("i32 i32 i32 i32 i32 i32", true),
@@ -68,7 +70,7 @@ pub fn slow_to_compile(functions: u32) -> Vec<u8> {
             body.extend([0x6a, 0x20, c, 0x73, 0x21, a]);
         }
         body.push(0x0b);
-        code.extend(leb(body.len() as u32));
+        code.extend(leb(u32::try_from(body.len()).unwrap()));
         code.extend(body);
     }
     let mut types = leb(functions + 1);
@@ -82,7 +84,7 @@ pub fn slow_to_compile(functions: u32) -> Vec<u8> {
         (10, code),
     ] {
         module.push(id);
-        module.extend(leb(content.len() as u32));
+        module.extend(leb(u32::try_from(content.len()).unwrap()));
         module.extend(content);
     }
     module

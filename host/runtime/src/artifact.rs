@@ -159,8 +159,13 @@ fn inspect_elf<'data, R: ReadRef<'data>>(head: &[u8], data: R) -> Result<(), For
     let segments = header.program_headers(endian, data).map_err(|_| truncated())?;
     for segment in segments {
         let (start, size) = segment.file_range(endian);
-        if segment.p_type(endian) == elf::PT_LOAD && !within(data, start, size) {
-            return Err(truncated());
+        if segment.p_type(endian) == elf::PT_LOAD {
+            if !within(data, start, size) {
+                return Err(truncated());
+            }
+            if !mappable(segment, endian) {
+                return refuse("damaged: a segment that no kernel can map".into());
+            }
         }
         if let Some(interpreter) = segment.interpreter(endian, data).map_err(|_| truncated())? {
             let name = String::from_utf8_lossy(interpreter);
@@ -180,6 +185,17 @@ fn inspect_elf<'data, R: ReadRef<'data>>(head: &[u8], data: R) -> Result<(), For
         return refuse("not a program: its entry point lies in no executable segment (a shared library?)".into());
     }
     Ok(())
+}
+
+/// Whether the kernel can map a segment: `execve` itself finds out too late to say so, and ends the process.
+fn mappable(segment: &elf::ProgramHeader64<Endianness>, endian: Endianness) -> bool {
+    const PAGE: u64 = 4096;
+    const END: u64 = (1 << 47) - PAGE; // the kernel's TASK_SIZE_MAX with four levels of page tables
+    let (address, (offset, in_file)) = (segment.p_vaddr(endian), segment.file_range(endian));
+    let in_memory = segment.p_memsz(endian);
+    in_file <= in_memory
+        && (in_file == 0 || address % PAGE == offset % PAGE)
+        && address.checked_add(in_memory).is_some_and(|end| end <= END)
 }
 
 /// Whether the file holds `size` bytes from `start` on.
@@ -211,6 +227,7 @@ mod tests {
         class: elf::FileClass,
         abi: u8,
         entry: u64,
+        address: u64,
         segments: Vec<(elf::ProgramType, elf::ProgramFlags, u64, u64)>, // type, flags, offset, size
         tail: Vec<u8>,
     }
@@ -223,6 +240,7 @@ mod tests {
                 class: elf::ELFCLASS64,
                 abi: 0,
                 entry: 0x40_0080,
+                address: 0x40_0000,
                 segments: vec![(elf::PT_LOAD, elf::PF_R | elf::PF_X, 0, 0x100)],
                 tail: vec![0; 0x100],
             }
@@ -243,7 +261,7 @@ mod tests {
             for (kind, flags, offset, size) in &self.segments {
                 out.extend(kind.0.to_le_bytes());
                 out.extend(flags.0.to_le_bytes());
-                let address = offset.wrapping_add(0x40_0000);
+                let address = offset.wrapping_add(self.address);
                 for word in [*offset, address, address, *size, *size, 0x1000] {
                     out.extend(word.to_le_bytes());
                 }
@@ -282,6 +300,8 @@ mod tests {
             (Elf { kind: elf::ET_CORE, ..Elf::program() }, "core dump"),
             (Elf { abi: 200, ..Elf::program() }, "ABI 200"),
             (Elf { entry: 0, ..Elf::program() }, "entry point"),
+            (Elf { address: 0x40_0008, ..Elf::program() }, "no kernel can map"),
+            (Elf { address: u64::MAX << 47, ..Elf::program() }, "no kernel can map"),
             (Elf { segments: vec![(elf::PT_LOAD, elf::PF_R, 0, 0x100)], ..Elf::program() }, "entry point"),
             (
                 Elf { segments: vec![(elf::PT_LOAD, elf::PF_R | elf::PF_X, 0, 0x10_0000)], ..Elf::program() },

@@ -193,3 +193,14 @@ impl<T> AtStep<T> for std::io::Result<T> {
         self.map_err(|error| crate::sys::process::errno_of(&error)).at(step)
     }
 }
+
+/// An error and its causes in one line.
+pub(crate) fn in_words(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}

@@ -13,7 +13,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use serde::Serialize;
 
 use crate::cgroup::Plan;
-use crate::error::LaunchError;
+use crate::error::{LaunchError, in_words};
 use crate::limits::{Ceiling, Limits};
 use crate::protocol::{FromLauncher, ToLauncher};
 use crate::spec::{Kind, SandboxId, SandboxSpec};
@@ -154,7 +154,7 @@ fn cgroups() -> Check {
         Ok(plan) => Check::ok("cgroups", format!("{}: cpu, cpuacct, memory, pids, freezer", plan.version())),
         Err(error) => {
             let mend = "mount the cgroup file systems writable; under systemd use a unit with Delegate=yes";
-            Check::fail("cgroups", error.to_string(), mend)
+            Check::fail("cgroups", in_words(&error), mend)
         }
     }
 }
@@ -187,7 +187,7 @@ fn uids(lock_dir: &Path) -> Check {
         Ok(_) => Check::ok("uids", "a block of 1,048,576 host uids is free"),
         Err(error) => {
             let mend = format!("make `{}` writable for root, on a local file system", lock_dir.display());
-            Check::fail("uids", error.to_string(), mend)
+            Check::fail("uids", in_words(&error), mend)
         }
     }
 }

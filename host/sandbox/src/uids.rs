@@ -5,6 +5,9 @@
 //! instance claims a block by an open-file-description lock on one byte of a file that all instances on the host
 //! share; the kernel gives the lock up when the last process that holds the file is gone. Within its blocks an
 //! instance gives each tenant runs of job slots, so that all of a tenant's uids are together.
+//!
+//! The same file keeps the launchers of one instance apart: each locks a byte that stands for it before it touches the
+//! instance's cgroups.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, OpenOptions};
@@ -12,6 +15,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -35,6 +39,13 @@ const RUN_SLOTS: u32 = 64;
 const RUN_UIDS: u32 = RUN_SLOTS * IDS_PER_JOB;
 const RUNS_PER_BLOCK: u32 = BLOCK_UIDS / RUN_UIDS;
 
+/// How long the last launcher of an instance may take to end when its server has died: longer than its last wait and
+/// its and its sweeper's sweep together.
+const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(6);
+
+/// How often that is looked at.
+const PREDECESSOR_LOOK: Duration = Duration::from_millis(2);
+
 /// Where instances on one host find each other.
 pub const LOCK_DIR: &str = "/run/holm";
 
@@ -53,6 +64,9 @@ pub enum UidError {
     /// Other instances hold every block.
     #[error("all {BLOCKS} blocks of host uids are claimed by other servers on this host")]
     Exhausted,
+    /// An earlier launcher still has the instance's cgroups.
+    #[error("the launcher of the last server on this data directory has not ended; end it, or wait")]
+    Predecessor,
 }
 
 /// The uids of this instance.
@@ -97,13 +111,26 @@ impl UidPool {
         Ok(pool)
     }
 
+    /// Waits until no earlier launcher of `instance` is left, nor its sweeper: both remove its cgroups by name, whoever
+    /// has made them. Then is what the next one waits for.
+    pub(crate) fn succeed(self, instance: &Name) -> Result<Self, UidError> {
+        let deadline = Instant::now() + PREDECESSOR_PATIENCE;
+        while !lock_byte(&self.lock, instance_byte(instance)) {
+            if Instant::now() > deadline {
+                return Err(UidError::Predecessor);
+            }
+            std::thread::sleep(PREDECESSOR_LOOK);
+        }
+        Ok(self)
+    }
+
     /// The descriptor that holds the claim.
     pub(crate) fn claim_fd(&self) -> BorrowedFd<'_> {
         self.lock.as_fd()
     }
 
     fn claim_block(&mut self) -> nix::Result<()> {
-        let free = (0..BLOCKS).find(|block| !self.blocks.contains(block) && lock_byte(&self.lock, *block));
+        let free = (0..BLOCKS).find(|block| !self.blocks.contains(block) && lock_byte(&self.lock, i64::from(*block)));
         self.blocks.push(free.ok_or(Errno::EUSERS)?);
         Ok(())
     }
@@ -163,13 +190,20 @@ impl UidPool {
     }
 }
 
-/// Tries to lock byte `block` of the file for this open file description.
+/// The byte that stands for an instance, far behind those of the blocks: its name's FNV-1a hash.
+fn instance_byte(instance: &Name) -> i64 {
+    let hash = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    let hash = instance.as_str().bytes().fold(0xcbf2_9ce4_8422_2325, hash);
+    (hash >> 2).cast_signed() | 1 << 61
+}
+
+/// Tries to lock byte `at` of the file for this open file description.
 #[allow(clippy::cast_possible_truncation)] // the C struct has these small constants as shorts
-fn lock_byte(fd: &OwnedFd, block: u32) -> bool {
+fn lock_byte(fd: &OwnedFd, at: i64) -> bool {
     let lock = libc::flock {
         l_type: libc::F_WRLCK as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: block.into(),
+        l_start: at,
         l_len: 1,
         l_pid: 0,
     };
@@ -221,6 +255,24 @@ mod tests {
         }
         pool.give_back(&other);
         assert!(pool.runs.is_empty() && pool.tenants.is_empty());
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn an_instance_has_one_launcher_at_a_time() {
+        let dir = dir("succeed");
+        let claim = |name: &str| UidPool::claim(&dir).unwrap().succeed(&name.parse().unwrap());
+        let (first, other) = (claim("a").unwrap(), claim("b").unwrap());
+        let (begun, wait) = (Instant::now(), Duration::from_millis(50));
+        let second = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(wait);
+                drop(first);
+            });
+            claim("a")
+        });
+        assert!(second.is_ok() && begun.elapsed() >= wait);
+        drop(other);
         fs::remove_dir_all(dir).unwrap();
     }
 

@@ -33,7 +33,7 @@ pub enum Exit {
     Signaled(i32),
 }
 
-/// Why the launcher killed a sandbox. The first cause stands.
+/// Why a sandbox was killed. The first cause stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum KillCause {
     /// The server asked for it.
@@ -44,6 +44,8 @@ pub enum KillCause {
     CpuTime,
     /// The OOM killer took a process of the job, so the whole job goes.
     Memory,
+    /// Not by the launcher: by somebody on the host, or because the host itself was out of memory.
+    Outside,
 }
 
 /// The whole end of a sandbox.

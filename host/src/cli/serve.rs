@@ -8,7 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::{Child, ExitStatus};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
@@ -17,6 +17,7 @@ use holm_sandbox::probe::{self, Check, Status};
 use holm_sandbox::protocol::{LauncherConfig, ToLauncher, VERSION};
 use holm_sandbox::wire::Packets;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::privilege::{Identity, make_data_dir, raise_open_files};
@@ -74,7 +75,8 @@ fn prepare(config: Config) -> Result<Ready, Fatal> {
         Fatal { code, error: error.into() }
     })?;
     let operator = operator_key(&config, &dir).or_exit(EX_CONFIG)?;
-    let listener = TcpListener::bind(config.listen).with_context(|| format!("listen on {}", config.listen));
+    let listener = TcpListener::bind(config.listen)
+        .with_context(|| format!("listen on {}; give another address with --listen", config.listen));
     let listener = listener.or_exit(EX_UNAVAILABLE)?;
     let (launcher, child) = start_launcher(&config.lock_dir, &dir).or_exit(EX_UNAVAILABLE)?;
     probe::trial(&launcher)
@@ -161,14 +163,11 @@ async fn live(ready: Ready) -> Result<u8, Fatal> {
             code = EX_OSERR;
         }
     }
-    stop.cancel();
-    drain(&app, &config, &mut signals).await;
-    // the answers that the jobs' ends have caused
-    let _ = tokio::time::timeout(Duration::from_secs(1), &mut serving).await;
+    drain(&app, &config, &mut signals, &stop, &mut serving).await;
     drop(app);
     serving.abort();
     driver.abort();
-    let _ = driver.await; // its end closes the launcher's socket
+    over(&mut driver).await; // its end closes the launcher's socket
     match end_launcher(child).await {
         Some(status) if status.success() || code != 0 => {}
         status => {
@@ -245,18 +244,43 @@ const PID_RESERVE: u64 = 4096;
 /// What every kernel has (`PID_MAX_DEFAULT`).
 const LEAST_PID_MAX: u64 = 32_768;
 
-/// Lets running jobs end, for as long as the configuration says or until told again; then ends them.
-async fn drain(app: &App, config: &Config, signals: &mut Signals) {
+/// Turns new jobs away, and lets those that run and the other requests that are under way end, for as long as the
+/// configuration says or until told again; then ends them. New clients are answered as long as there is a job: a
+/// refusal tells them more than a closed port.
+async fn drain<T>(
+    app: &App,
+    config: &Config,
+    signals: &mut Signals,
+    stop: &CancellationToken,
+    serving: &mut JoinHandle<T>,
+) {
+    app.draining.store(true, Ordering::Relaxed);
     app.admission.drain();
     let patience = Duration::from_millis(config.drain_timeout_ms);
+    let in_order = async {
+        app.jobs.idle().await;
+        stop.cancel();
+        over(serving).await;
+    };
     tokio::select! {
-        () = app.jobs.idle() => return,
-        () = tokio::time::sleep(patience) => tracing::warn!("jobs are still running; they are ended"),
-        () = signals.stop() => tracing::warn!("told to stop again; running jobs are ended"),
+        () = in_order => return,
+        () = tokio::time::sleep(patience) => tracing::warn!("jobs or uploads are still under way; they are ended"),
+        () = signals.stop() => tracing::warn!("told to stop again; what is under way is ended"),
     }
     app.jobs.end_all();
+    app.compiler.end_all();
     if tokio::time::timeout(KILL_PATIENCE, app.jobs.idle()).await.is_err() {
         tracing::error!("some jobs did not end; the launcher will see to them");
+    }
+    stop.cancel();
+    // the answers that these ends have caused
+    let _ = tokio::time::timeout(Duration::from_secs(1), over(serving)).await;
+}
+
+/// Waits for a task's end, which may have been seen before.
+async fn over<T>(task: &mut JoinHandle<T>) {
+    if !task.is_finished() {
+        let _ = task.await;
     }
 }
 

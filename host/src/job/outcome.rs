@@ -133,6 +133,7 @@ impl Evidence<'_> {
                 return self.over(Limit::CpuTimeMs, used / 1000);
             }
             Some(KillCause::Requested) => return self.stopped(),
+            Some(KillCause::Outside) => return Outcome::Lost,
             None => {}
         }
         if !self.end.started {
@@ -301,6 +302,8 @@ mod tests {
     #[test]
     fn our_faults_are_lost_and_orders_are_cancelled() {
         assert_eq!(Case { started: false, ..Case::native(Exit::Exited(71)) }.outcome()["kind"], "lost");
+        let outside = Case { killed: Some(KillCause::Outside), ..Case::native(Exit::Signaled(9)) };
+        assert_eq!(outside.outcome()["kind"], "lost");
         for (stop, kind) in [(Stop::Cancelled, "cancelled"), (Stop::HostFailed, "lost"), (Stop::Draining, "lost")] {
             let killed = Some(KillCause::Requested);
             let case = Case { killed, stop: Some(stop), ..Case::native(Exit::Signaled(9)) };

@@ -146,10 +146,8 @@ async fn launch(
     };
     let isolation = match ready {
         Ok(isolation) => isolation,
-        // its own limit was too small to even begin
         Err(SandboxError::Died(report)) if report.killed == Some(KillCause::Memory) => {
-            usage.measure(&report);
-            return Ok(End::without_run(judge(request, &report, None, None, 0), *usage));
+            return Ok(too_small_to_begin(request, &report, usage));
         }
         Err(error) => return Err(error.into()),
     };
@@ -167,9 +165,16 @@ async fn run_in(
     usage: &mut UsageRecord,
 ) -> Result<End, Fault> {
     let Stdio { stdin, stdout, stderr, theirs } = Stdio::make().map_err(Fault::Pipe)?;
-    sandbox.give(&invocation(entry, request), theirs).await?;
-
     let killer = sandbox.killer();
+    if let Err(fault) = sandbox.give(&invocation(entry, request), theirs).await {
+        killer.kill();
+        let (_, end) = sandbox.run(|| {}).await?;
+        if end.usage.oom_kills > 0 {
+            let end = SandboxReport { killed: Some(KillCause::Memory), ..end };
+            return Ok(too_small_to_begin(request, &end, usage));
+        }
+        return Err(fault.into());
+    }
     let stop = |why: Stop| {
         // the first reason stands; killing twice does no harm
         let _ = entry.stop.set(why);
@@ -230,6 +235,12 @@ async fn run_in(
     let outcome = judge(request, &end, report.as_ref(), entry.stop.get().copied(), longer);
     let Content::Memory(stderr_tail) = err.content else { unreachable!("a tail is kept in memory") };
     Ok(End { outcome, usage: *usage, output: out.content, stderr_tail })
+}
+
+/// The end of a job whose memory limit did not even let its sandbox come to its start.
+fn too_small_to_begin(request: &JobRequest, end: &SandboxReport, usage: &mut UsageRecord) -> End {
+    usage.measure(end);
+    End::without_run(judge(request, end, None, None, 0), *usage)
 }
 
 fn judge(

@@ -131,12 +131,13 @@ impl Collector {
                 if let Some(over) = over.take() {
                     over();
                 }
-                continue;
+                let surplus = usize::try_from(bytes - self.limit).unwrap_or(usize::MAX);
+                buffer.truncate(n.saturating_sub(surplus));
             }
             match (&self.keep, &mut file) {
                 (Keep::Tail(most), _) => keep_tail(&mut kept, &buffer, *most),
                 (Keep::All(_), Some(file)) => file.write_all(&buffer).await.map_err(StreamError::Keep)?,
-                (Keep::All(_), None) if kept.len() + n <= IN_MEMORY => kept.extend_from_slice(&buffer),
+                (Keep::All(_), None) if kept.len() + buffer.len() <= IN_MEMORY => kept.extend_from_slice(&buffer),
                 (Keep::All(dir), None) => {
                     let mut spool = unnamed_file(dir.clone()).await.map_err(StreamError::Keep)?;
                     spool.write_all(&kept).await.map_err(StreamError::Keep)?;
@@ -223,6 +224,7 @@ mod tests {
         assert!(!over && collected.bytes == 1000);
         let (collected, over) = collect(Collector::everything(1000, dir.path()), vec![vec![7; 1001]]).await;
         assert!(over && collected.bytes == 1001);
+        assert_eq!(content(collected).len(), 1000);
     }
 
     #[tokio::test]

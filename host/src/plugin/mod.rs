@@ -4,7 +4,7 @@ mod revision;
 mod settings;
 
 pub use self::revision::{Hasher, Revision};
-pub use self::settings::{Interface, PluginSettings, PluginSettingsError, check_args, check_env};
+pub use self::settings::{Interface, PluginSettings, PluginSettingsError, check_args, check_env, check_size};
 
 use holm_runtime::invocation::Exports;
 use holm_sandbox::name::Name;

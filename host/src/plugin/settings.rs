@@ -60,8 +60,8 @@ pub enum PluginSettingsError {
     NotAvailable(&'static str),
 }
 
-/// The most bytes of arguments and environment together: well within the kernel's 128 KiB for a single string, and
-/// within one packet to the sandbox with all else that goes there.
+/// The most bytes of arguments, environment and content type together: well within the kernel's 128 KiB for a single
+/// string, and within one packet to the sandbox with all else that goes there.
 const MAX_ARGS_AND_ENV: usize = 64 * 1024;
 
 /// Variables that the host sets itself.
@@ -76,6 +76,7 @@ impl PluginSettings {
         let invalid = |field: &'static str| move |what| PluginSettingsError::Invalid(format!("`{field}`: {what}"));
         check_args(&self.args).map_err(invalid("args"))?;
         check_env(&self.env).map_err(invalid("env"))?;
+        check_size(&self.args, &self.env, "").map_err(PluginSettingsError::Invalid)?;
         Given::check_change(&kept.limits, &self.limits, Some(runtime), maximums)?;
         if let Some(content_type) = &self.output_content_type {
             check_content_type(content_type).map_err(invalid("output_content_type"))?;
@@ -124,7 +125,7 @@ pub fn check_args(args: &[String]) -> Result<(), String> {
     if args.iter().any(|arg| arg.contains('\0')) {
         return Err("an argument cannot hold a NUL byte".into());
     }
-    within_size(args.iter().map(|arg| arg.len() + 1).sum())
+    Ok(())
 }
 
 /// Checks environment variables, wherever they come from.
@@ -143,11 +144,21 @@ pub fn check_env(env: &BTreeMap<String, String>) -> Result<(), String> {
             return Err(format!("`{name}`: names that begin with {RESERVED_PREFIX} are set by the host"));
         }
     }
-    within_size(env.iter().map(|(name, value)| name.len() + value.len() + 2).sum())
+    Ok(())
 }
 
-fn within_size(bytes: usize) -> Result<(), String> {
-    if bytes <= MAX_ARGS_AND_ENV { Ok(()) } else { Err(format!("{bytes} bytes, more than {MAX_ARGS_AND_ENV}")) }
+/// Checks that arguments, environment and the input's content type, which becomes a variable, fit into one job.
+///
+/// # Errors
+/// What is wrong, in words.
+pub fn check_size(args: &[String], env: &BTreeMap<String, String>, content_type: &str) -> Result<(), String> {
+    let args: usize = args.iter().map(|arg| arg.len() + 1).sum();
+    let env: usize = env.iter().map(|(name, value)| name.len() + value.len() + 2).sum();
+    let bytes = args + env + content_type.len();
+    if bytes <= MAX_ARGS_AND_ENV {
+        return Ok(());
+    }
+    Err(format!("arguments, environment and content type have {bytes} bytes, more than {MAX_ARGS_AND_ENV}"))
 }
 
 /// A `type/subtype` with optional parameters, as it will stand in a header.
@@ -183,6 +194,7 @@ mod tests {
         for bad in [
             json!({"args": ["a\0b"]}),
             json!({"args": ["x".repeat(70_000)]}),
+            json!({"args": ["x".repeat(40_000)], "env": {"A": "x".repeat(40_000)}}),
             json!({"env": {"": "x"}}),
             json!({"env": {"A=B": "x"}}),
             json!({"env": {"A": "x\0"}}),

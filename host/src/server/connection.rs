@@ -31,6 +31,18 @@ pub struct ConnectionRules {
     pub writing: PaceRule,
 }
 
+/// How long a server that stops waits for a client that has no request under way.
+const LAST_WAIT: Duration = Duration::from_millis(500);
+
+impl ConnectionRules {
+    /// The same for a server that stops: who sends half a request and then nothing does not keep it.
+    pub(super) fn at_the_end(mut self) -> Self {
+        self.header_timeout = self.header_timeout.min(LAST_WAIT);
+        self.idle_timeout = self.idle_timeout.min(LAST_WAIT);
+        self
+    }
+}
+
 /// What a connection is waiting for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {

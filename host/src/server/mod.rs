@@ -11,7 +11,6 @@ mod routes;
 
 use std::convert::Infallible;
 use std::io;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use axum::Router;
@@ -86,7 +85,6 @@ pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> 
         tasks.spawn(converse(stream, seat, router.clone(), app.connections, stop.clone()));
     }
     drop(listener);
-    app.draining.store(true, Ordering::Relaxed);
     tasks.close();
     tasks.wait().await;
     Ok(())
@@ -134,6 +132,7 @@ async fn converse(stream: TcpStream, seat: Seat, router: Router, rules: Connecti
         () = connection.overdue(&rules) => return,
         () = stop.cancelled() => {}
     }
+    let rules = rules.at_the_end();
     served.as_mut().graceful_shutdown();
     tokio::select! {
         _ = served.as_mut() => {}

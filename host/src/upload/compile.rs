@@ -11,6 +11,7 @@ use holm_sandbox::spec::{Kind, SandboxSpec};
 use holm_sandbox::usage::{KillCause, SandboxReport};
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
+use tokio_util::sync::CancellationToken;
 
 use crate::admission::{Admission, AdmissionError, Allowance, Capacity};
 use crate::launcher::{Launcher, SandboxError, Stdio};
@@ -58,6 +59,7 @@ pub struct Compiler {
     admission: Admission,
     engine: String,
     millicores: u32,
+    stop: CancellationToken,
 }
 
 /// Compilations of one tenant: one at a time, so that a tenant who uploads what takes for ever to compile keeps only
@@ -89,6 +91,7 @@ impl Compiler {
             }),
             engine,
             millicores: u32::try_from(cpus * 1000).unwrap_or(u32::MAX),
+            stop: CancellationToken::new(),
         }
     }
 
@@ -110,8 +113,16 @@ impl Compiler {
     ) -> Result<(TempFile, Exports), CompileError> {
         let _permit = self.admission.admit_within(tenant, ALLOWANCE, 0).await.map_err(CompileError::Busy)?;
         let out = TempFile::make(dir).map_err(|error| CompileError::Host(error.into()))?;
-        let exports = self.run(tenant, source, &out).await?;
-        Ok((out, exports))
+        tokio::select! {
+            made = self.run(tenant, source, &out) => made.map(|exports| (out, exports)),
+            () = self.stop.cancelled() => Err(CompileError::Busy(AdmissionError::Draining)),
+        }
+    }
+
+    /// Ends every compilation because the server stops.
+    pub fn end_all(&self) {
+        self.admission.drain();
+        self.stop.cancel();
     }
 
     async fn run(&self, tenant: &Tenant, source: File, out: &TempFile) -> Result<Exports, CompileError> {
@@ -161,7 +172,9 @@ impl Compiler {
             (None, Some(Report::Compiled { bytes, exports })) if bytes == written => Ok(exports),
             (None, Some(Report::Invalid(why))) => Err(CompileError::Invalid(why)),
             // the compiler itself broke on these bytes: the tenant's module is at fault as far as the tenant can tell
-            (None, None) => Err(CompileError::Invalid(format!("the compiler failed on this module ({:?})", end.exit))),
+            (None | Some(KillCause::Outside), None) => {
+                Err(CompileError::Invalid(format!("the compiler failed on this module ({:?})", end.exit)))
+            }
             (killed, report) => Err(CompileError::Host(anyhow::anyhow!("killed {killed:?}, reported {report:?}"))),
         }
     }

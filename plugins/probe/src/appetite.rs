@@ -4,15 +4,16 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
-use crate::Result;
-use crate::sys::{Forked, exit_now, fork, kill, wait_for};
+use crate::sys::{Forked, exit_now, fork, ignore, kill, leave_session, wait_for};
+use crate::{Result, spin};
 
 const MIB: usize = 1 << 20;
 
-/// Recurses until the stack is used up.
-pub(crate) fn overflow_stack(depth: u64) -> u64 {
-    let frame = std::hint::black_box([depth; 64]);
-    if depth == u64::MAX { 0 } else { overflow_stack(depth + 1) ^ frame[(depth % 64) as usize] }
+/// Recurses with frames of about 1 KiB. Tells how many there were.
+pub(crate) fn use_stack(kib: u64) -> u64 {
+    let mut frame = [1; 126];
+    std::hint::black_box(&mut frame);
+    if kib == 0 { 0 } else { use_stack(kib - 1) + frame[0] }
 }
 
 /// Runs `work` in a grandchild whose parent has gone, and waits for its end.
@@ -187,6 +188,19 @@ pub(crate) fn flood(stream: &str, mib: usize) -> Result<()> {
         out.write_all(&chunk)?;
     }
     Ok(out.flush()?)
+}
+
+/// Leaves children behind that are deaf to what ends daemons, and keep busy.
+pub(crate) fn leave_behind(children: usize, time: Duration) -> Result<()> {
+    for _ in 0..children {
+        if let Forked::Child = fork()? {
+            leave_session();
+            [libc::SIGTERM, libc::SIGHUP, libc::SIGINT].into_iter().for_each(ignore);
+            spin(time);
+            exit_now(0)
+        }
+    }
+    Ok(())
 }
 
 /// Leaves a grandchild behind that keeps standard output open, and ends at once.

@@ -53,21 +53,62 @@ fn run(words: &[&str]) -> Result<ExitCode> {
         // how a program ends
         ["exit", code] => return Ok(ExitCode::from(code.parse::<u8>()?)),
         ["abort"] => std::process::abort(),
+        ["abort-in-thread"] => std::thread::scope(|scope| drop(scope.spawn(|| std::process::abort()).join())),
+        ["exit-in-thread", code] => {
+            let code = code.parse()?;
+            std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(20)); // the first thread is gone by then
+                sys::exit_now(code)
+            });
+            sys::exit_thread()
+        }
         ["signal", number] => sys::raise(number.parse()?)?,
+        ["signal-in-grandchild", number] => {
+            let number = number.parse()?;
+            appetite::in_grandchild(|| drop(sys::raise(number)))?;
+        }
+        ["killed-by-child"] => reach::killed_by_child()?,
+        ["close-streams", code] => {
+            sys::close_streams();
+            return Ok(ExitCode::from(code.parse::<u8>()?));
+        }
         ["segfault"] => sys::segfault(),
         ["x32-call"] => say(&sys::x32_call().to_string())?,
         ["i386-call"] => say(&sys::i386_call().to_string())?,
-        ["overflow-stack"] => return Ok(ExitCode::from(u8::from(appetite::overflow_stack(0) == 0))),
+        ["use-stack", kib] => {
+            // the standard library would tell of an overflow in words of its own, and abort
+            sys::default_action(libc::SIGSEGV);
+            say(&appetite::use_stack(kib.parse()?).to_string())?;
+        }
 
-        // how long
+        // when and how long
+        ["after-input", rest @ ..] => {
+            io::copy(&mut io::stdin(), &mut io::sink())?;
+            return run(rest);
+        }
+        ["tell-time", rest @ ..] => {
+            say(&std::time::UNIX_EPOCH.elapsed()?.as_micros().to_string())?;
+            return run(rest);
+        }
         ["sleep", ms] => std::thread::sleep(Duration::from_millis(ms.parse()?)),
         ["spin", ms] => spin(Duration::from_millis(ms.parse()?)),
         ["spin-in-grandchild", ms] => appetite::in_grandchild(|| spin(Duration::from_millis(ms.parse().unwrap_or(0))))?,
+        ["burn", ms] => burn(Duration::from_millis(ms.parse()?)),
+        ["burn-in-grandchild", ms] => appetite::in_grandchild(|| burn(Duration::from_millis(ms.parse().unwrap_or(0))))?,
+        ["spin-on", cpu, ms] => {
+            sys::stay_on(cpu.parse()?)?;
+            spin(Duration::from_millis(ms.parse()?));
+        }
         ["spin-threads", threads, ms] => appetite::spin_threads(threads.parse()?, Duration::from_millis(ms.parse()?)),
 
         // how much
         ["allocate", mib] => say(&appetite::allocate(mib.parse()?).to_string())?,
         ["allocate-in-child", mib] => say(&appetite::allocate_in_child(mib.parse()?)?.to_string())?,
+        ["allocate-in-grandchild", mib] => {
+            let mib = mib.parse()?;
+            appetite::in_grandchild(|| _ = appetite::allocate(mib))?;
+            std::thread::sleep(Duration::from_secs(5));
+        }
         ["fork", most] => say(&appetite::fork_until_refused(most.parse()?).to_string())?,
         ["fork-bomb", most] => appetite::fork_bomb(most.parse()?),
         ["threads", most] => say(&appetite::threads_until_refused(most.parse()?).to_string())?,
@@ -75,6 +116,9 @@ fn run(words: &[&str]) -> Result<ExitCode> {
         ["write-tmp", bytes] => say(&appetite::write_until_refused(bytes.parse()?)?)?,
         ["make-files", most] => say(&appetite::make_files_until_refused(most.parse()?)?)?,
         ["flood", stream, mib] => appetite::flood(stream, mib.parse()?)?,
+        ["leave-behind", children, ms] => {
+            appetite::leave_behind(children.parse()?, Duration::from_millis(ms.parse()?))?;
+        }
         ["hold-output", ms] => appetite::hold_output(Duration::from_millis(ms.parse()?))?,
 
         // what goes in and out
@@ -97,7 +141,14 @@ fn say(text: &str) -> Result<()> {
     Ok(out.flush()?)
 }
 
-fn spin(time: Duration) {
+/// Uses so much CPU time, however long that takes.
+fn burn(time: Duration) {
+    while sys::cpu_time() < time {
+        std::hint::spin_loop();
+    }
+}
+
+pub(crate) fn spin(time: Duration) {
     let start = Instant::now();
     while start.elapsed() < time {
         std::hint::spin_loop();

@@ -189,14 +189,27 @@ pub(crate) fn list(dir: &str) -> Result<Value> {
 /// Only where this process is the second of its pid namespace: on a host, where that is a kernel thread's place, it
 /// would end the machine.
 pub(crate) fn strike_init() -> Result<()> {
-    if std::process::id() != 2 {
-        return Err("not in a pid namespace of its own".into());
-    }
+    require_own_namespace()?;
     for signal in [libc::SIGTERM, libc::SIGSTOP, libc::SIGSEGV, libc::SIGABRT, libc::SIGKILL] {
         sys::kill(1, signal);
     }
     sys::kill(-1, libc::SIGKILL);
     say("the init lives")
+}
+
+/// Has a child send SIGKILL to every process that there is, and waits for that.
+pub(crate) fn killed_by_child() -> Result<()> {
+    require_own_namespace()?;
+    if let sys::Forked::Child = sys::fork()? {
+        sys::kill(-1, libc::SIGKILL);
+        sys::exit_now(0)
+    }
+    std::thread::sleep(Duration::from_secs(5));
+    Ok(())
+}
+
+fn require_own_namespace() -> Result<()> {
+    if std::process::id() == 2 { Ok(()) } else { Err("not in a pid namespace of its own".into()) }
 }
 
 /// Says on every descriptor, and in the words of the host, that all is well.
@@ -207,7 +220,7 @@ pub(crate) fn forge() -> Result<()> {
         "job finished outcome=\"exited\"\n",
         "\0\u{3}\0\0",
     ];
-    for fd in 1..64 {
+    for fd in 0..=64 {
         for verdict in verdicts {
             sys::write(fd, verdict.as_bytes());
         }

@@ -1,6 +1,7 @@
 //! The few system calls that the standard library has no words for.
 
 use std::io;
+use std::time::Duration;
 
 /// The two sides of a fork.
 pub(crate) enum Forked {
@@ -22,6 +23,20 @@ pub(crate) fn exit_now(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
+/// Ends the calling thread alone.
+pub(crate) fn exit_thread() -> ! {
+    // SAFETY: nothing that other threads use lives on this one's stack.
+    unsafe { libc::syscall(libc::SYS_exit, 0) };
+    unreachable!("a thread that has ended goes on")
+}
+
+pub(crate) fn close_streams() {
+    for fd in 0..3 {
+        // SAFETY: nothing is read or written after this.
+        unsafe { libc::close(fd) };
+    }
+}
+
 /// Waits for a child; its exit code, or 128 and the signal.
 pub(crate) fn wait_for(pid: i32) -> io::Result<i32> {
     let mut status = 0;
@@ -37,11 +52,45 @@ pub(crate) fn kill(pid: i32, signal: i32) {
     unsafe { libc::kill(pid, signal) };
 }
 
+/// Sends itself a signal, of which the standard library takes no notice.
 pub(crate) fn raise(signal: i32) -> io::Result<()> {
+    default_action(signal);
     // SAFETY: no memory is involved.
     let own = unsafe { libc::getpid() };
     // SAFETY: no memory is involved.
     if unsafe { libc::kill(own, signal) } == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+pub(crate) fn ignore(signal: i32) {
+    // SAFETY: no handler is installed.
+    unsafe { libc::signal(signal, libc::SIG_IGN) };
+}
+
+pub(crate) fn default_action(signal: i32) {
+    // SAFETY: no handler is installed.
+    unsafe { libc::signal(signal, libc::SIG_DFL) };
+}
+
+/// Leaves the session and process group.
+pub(crate) fn leave_session() {
+    // SAFETY: no memory is involved.
+    unsafe { libc::setsid() };
+}
+
+/// CPU time of this process so far.
+pub(crate) fn cpu_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` outlives the call.
+    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut time) };
+    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+/// Lets this thread run on one CPU alone.
+pub(crate) fn stay_on(cpu: usize) -> io::Result<()> {
+    let mask: u64 = 1 << cpu;
+    // SAFETY: `mask` is as long as is said, and outlives the call.
+    let ret = unsafe { libc::syscall(libc::SYS_sched_setaffinity, 0, size_of::<u64>(), &raw const mask) };
+    if ret == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 pub(crate) fn segfault() -> ! {

@@ -6,7 +6,7 @@ use wasmtime::component::{self, Component, InstancePre as ComponentPre};
 use wasmtime::error::Context as _;
 use wasmtime::{Engine, InstancePre, Linker, Module, ResourceLimiter, Result, Store, bail, format_err};
 use wasmtime_wasi::p1::{self, WasiP1Ctx};
-use wasmtime_wasi::{FsPerms, HostMonotonicClock, HostWallClock, WasiCtxBuilder, WasiCtxView, WasiView};
+use wasmtime_wasi::{FsPerms, HostMonotonicClock, HostWallClock, I32Exit, WasiCtxBuilder, WasiCtxView, WasiView};
 use wasmtime_wasi_http::p2::bindings::http::types::ErrorCode;
 use wasmtime_wasi_http::{RequestOptions, WasiBody, WasiHttpCtx, WasiHttpCtxView, WasiHttpHooks, WasiHttpView};
 
@@ -34,6 +34,9 @@ const CLOCK_STEP: Duration = Duration::from_micros(100);
 
 /// Fuel after which a guest lets the host go on moving its bodies, about a quarter of a millisecond.
 const YIELD_AFTER_FUEL: u64 = 1_000_000;
+
+/// Fuel that a guest is given and may not use: the engine stops a guest when all is used up, not when it wants more.
+const SPARE_FUEL: u64 = 1;
 
 /// The only directory that the guest has.
 const SCRATCH: &str = "/tmp";
@@ -89,11 +92,17 @@ pub(super) fn store(engine: &Engine, invocation: &Invocation, memory_bytes: usiz
     let mut store = Store::new(engine, state);
     store.limiter(|state| &mut state.limiter);
     store.set_hostcall_fuel(MAX_HOSTCALL_BYTES);
-    store.set_fuel(invocation.fuel)?;
+    store.set_fuel(invocation.fuel.saturating_add(SPARE_FUEL))?;
     if invocation.interface == Interface::Http {
         store.fuel_async_yield_interval(Some(YIELD_AFTER_FUEL))?;
     }
     Ok(store)
+}
+
+/// What a guest has left of its fuel; `None` if it has used more than it was given. The engine looks at loops and calls
+/// only: what was overdrawn after the last of them shows in the spare unit.
+pub(super) fn fuel_left(store: &Store<State>) -> Option<u64> {
+    store.get_fuel().unwrap_or(0).checked_sub(SPARE_FUEL)
 }
 
 /// Links a core module.
@@ -101,6 +110,9 @@ pub(super) fn link_module(module: &Module) -> Result<InstancePre<State>> {
     let mut linker: Linker<State> = Linker::new(module.engine());
     p1::add_to_linker_async(&mut linker, |state: &mut State| &mut state.wasi)?;
     name_unknown_imports(module, &linker)?;
+    // wasmtime's own turns codes of 126 and more into an error; a native program may end with any
+    linker.allow_shadowing(true);
+    linker.func_wrap("wasi_snapshot_preview1", "proc_exit", |code: i32| -> Result<()> { bail!(I32Exit(code)) })?;
     linker.instantiate_pre(module).context("the module does not link")
 }
 

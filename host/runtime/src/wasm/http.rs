@@ -21,7 +21,7 @@ use wasmtime_wasi_http::p2::bindings::ProxyPre;
 use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
 
-use super::guest::State;
+use super::guest::{State, fuel_left};
 
 /// What the guest gives for a response.
 type Answer = std::result::Result<Response<HyperOutgoingBody>, ErrorCode>;
@@ -39,7 +39,7 @@ pub(super) enum NoResponse {
 
 /// Serves the one request of this process, and waits until both the guest and the transmission of its response are
 /// over. Gives the guest's end and its fuel.
-pub(super) async fn serve(guest: ProxyPre<State>, store: Store<State>) -> (Result<()>, u64) {
+pub(super) async fn serve(guest: ProxyPre<State>, store: Store<State>) -> (Result<()>, Option<u64>) {
     let (give_request, request) = oneshot::channel();
     let (give_answer, answer) = oneshot::channel();
     let exchange = Mutex::new(Some((give_request, answer)));
@@ -53,7 +53,7 @@ pub(super) async fn serve(guest: ProxyPre<State>, store: Store<State>) -> (Resul
     });
     let streams = match streams() {
         Ok((from, to)) => TokioIo::new(tokio::io::join(from, to)),
-        Err(error) => return (Err(error.into()), 0),
+        Err(error) => return (Err(error.into()), fuel_left(&store)),
     };
     let connection = http1::Builder::new().keep_alive(false).serve_connection(streams, service);
     // how the transmission went is for the other end to see, and not the guest's end
@@ -72,10 +72,9 @@ async fn handle(
     mut store: Store<State>,
     request: oneshot::Receiver<Request<Incoming>>,
     give_answer: oneshot::Sender<Response<HyperOutgoingBody>>,
-) -> (Result<()>, u64) {
+) -> (Result<()>, Option<u64>) {
     let result = call(&guest, &mut store, request, give_answer).await;
-    let fuel_left = store.get_fuel().unwrap_or(0);
-    (result, fuel_left)
+    (result, fuel_left(&store))
 }
 
 async fn call(

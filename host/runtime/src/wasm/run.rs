@@ -11,7 +11,7 @@ use wasmtime_wasi::p2::bindings::CommandPre;
 use wasmtime_wasi_http::p2::bindings::ProxyPre;
 
 use super::engine::engine;
-use super::guest::{OutOfMemory, State, link_component, link_module, store};
+use super::guest::{OutOfMemory, State, fuel_left, link_component, link_module, store};
 use super::http::{self, NoResponse};
 use super::load::{Mapped, map_artifact};
 use crate::invocation::{Interface, Invocation, Report, WasmEnd, short};
@@ -72,25 +72,27 @@ impl Loaded {
         };
         started();
         let run = AssertUnwindSafe(|| runtime.block_on(guest.call(store, invocation.interface)));
-        let (end, fuel_left) = match catch_unwind(run) {
-            Ok((result, fuel_left)) => (end_of(result), fuel_left),
+        let (end, left) = match catch_unwind(run) {
+            Ok((Err(error), _)) if !has_run(&error) => return Report::NotRunnable(short(format!("{error:#}"))),
+            Ok((_, None)) => (WasmEnd::OutOfFuel, 0),
+            Ok((result, Some(left))) => (end_of(result), left),
             // how much it used is lost with its store
             Err(panic) => (internal(panic.as_ref()), 0),
         };
-        Report::Wasm { end, fuel_used: invocation.fuel - fuel_left.min(invocation.fuel) }
+        Report::Wasm { end, fuel_used: invocation.fuel.saturating_sub(left) }
     }
 }
 
 impl Guest {
     /// Gives its end and what is left of its fuel.
-    async fn call(self, mut store: Store<State>, interface: Interface) -> (Result<()>, u64) {
+    async fn call(self, mut store: Store<State>, interface: Interface) -> (Result<()>, Option<u64>) {
         let result = match (interface, self) {
             (Interface::Http, Self::Component { http: Some(http), .. }) => return http::serve(http, store).await,
             (Interface::Command, Self::Module(module)) => start(&module, &mut store).await,
             (Interface::Command, Self::Component { command: Some(command), .. }) => run(&command, &mut store).await,
             _ => Err(wasmtime::format_err!("the artifact does not have the interface {interface:?}")),
         };
-        (result, store.get_fuel().unwrap_or(0))
+        (result, fuel_left(&store))
     }
 }
 
@@ -109,6 +111,16 @@ async fn run(command: &CommandPre<State>, store: &mut Store<State>) -> Result<()
     }
 }
 
+/// Whether an error can have come from the guest's doing: else it cannot even be instantiated, for instance because its
+/// tables are larger than a guest's may be.
+fn has_run(error: &wasmtime::Error) -> bool {
+    error.is::<Trap>()
+        || error.is::<I32Exit>()
+        || error.is::<OutOfMemory>()
+        || error.is::<NoResponse>()
+        || error.is::<WasmBacktrace>()
+}
+
 fn end_of(result: Result<()>) -> WasmEnd {
     let Err(error) = result else { return WasmEnd::Exited(0) };
     if let Some(exit) = error.downcast_ref::<I32Exit>() {
@@ -124,7 +136,7 @@ fn end_of(result: Result<()>) -> WasmEnd {
     match error.downcast_ref::<Trap>() {
         Some(Trap::OutOfFuel) => WasmEnd::OutOfFuel,
         Some(trap) => WasmEnd::Trapped { code: snake_case(&format!("{trap:?}")), backtrace },
-        // a WASI call's own refusal to go on, or a module that cannot be instantiated within its limits
+        // a WASI call's own refusal to go on
         None => WasmEnd::Trapped { code: "host_error".into(), backtrace: short(format!("{error:#}\n{backtrace}")) },
     }
 }

@@ -6,9 +6,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open, openat};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, open, openat};
 use nix::sys::stat::{Mode, mkdirat};
-use nix::unistd::{Pid, UnlinkatFlags, unlinkat};
+use nix::sys::statfs::{CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, Statfs, statfs};
+use nix::unistd::{AccessFlags, Pid, UnlinkatFlags, faccessat, unlinkat};
 
 /// The longest control file that is read. `cpuacct.usage_all` of a large machine is the longest that we know, and we
 /// do not read it; 64 KiB hold the pids of some 8,000 processes.
@@ -23,6 +24,13 @@ pub(crate) struct Dir(OwnedFd);
 impl Dir {
     pub(crate) fn open(path: &Path) -> nix::Result<Self> {
         Ok(Self(open(path, DIRECTORY, Mode::empty())?))
+    }
+
+    /// Whether this process may make cgroups at `path`: it is one, not hidden by another mount, and can be written to.
+    pub(crate) fn takes_cgroups(path: &Path) -> bool {
+        let is_cgroup = |fs: Statfs| [CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC].contains(&fs.filesystem_type());
+        let may = AccessFlags::W_OK | AccessFlags::X_OK;
+        statfs(path).is_ok_and(is_cgroup) && faccessat(AT_FDCWD, path, may, AtFlags::AT_EACCESS).is_ok()
     }
 
     /// Makes the directory `name` below this one, or opens it if it is there already.

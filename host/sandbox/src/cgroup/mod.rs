@@ -80,7 +80,7 @@ pub enum CgroupError {
     #[error("find the cgroup hierarchies")]
     Layout(#[from] LayoutError),
     /// Some controllers are not to be had.
-    #[error("the cgroup controllers {0:?} are not available to this process")]
+    #[error("this process can make no cgroups of {}", .0.iter().map(|role| role.v1_name()).collect::<Vec<_>>().join(", "))]
     Missing(Vec<Role>),
     /// A directory could not be made, opened or removed.
     #[error("{what} the cgroup `{path}`")]
@@ -96,7 +96,8 @@ pub enum CgroupError {
 }
 
 impl Plan {
-    /// Reads the machine's hierarchies and gives each role to one: v1 where the controller is bound to v1, else v2.
+    /// Reads the machine's hierarchies and gives each role to one: v1 where the controller is bound to v1, else v2. One
+    /// in which this process can make no directory is as good as none.
     ///
     /// # Errors
     /// [`CgroupError::Missing`] names every role that no hierarchy serves.
@@ -108,7 +109,10 @@ impl Plan {
                 source,
             })
         };
-        let layout = Layout::discover(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?)?;
+        let mut layout = Layout::discover(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?)?;
+        let usable = |hierarchy: &Hierarchy| Dir::takes_cgroups(&hierarchy.own_dir);
+        layout.v1.retain(usable);
+        layout.v2 = layout.v2.filter(usable);
         let v2_controllers = match &layout.v2 {
             Some(v2) => Dir::open(&v2.own_dir).map(|dir| v2::available(&dir)).unwrap_or_default(),
             None => Vec::new(),

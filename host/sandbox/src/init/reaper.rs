@@ -5,19 +5,16 @@
 //! ended over the gate, which the program never had; its own end then takes the whole namespace with it.
 
 use nix::errno::Errno;
-use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use crate::gate::{FromSandbox, SandboxGate};
-use crate::sys::process::exit_now;
-use crate::usage::Exit;
+use crate::sys::process::{exit_now, wait_for_any};
 
 /// Reaps orphans until `main` has ended, reports its end, and ends.
 pub(crate) fn reap_until(main: Pid, gate: &SandboxGate) -> ! {
     let exit = loop {
-        match waitpid(None, None) {
-            Ok(WaitStatus::Exited(pid, code)) if pid == main => break Exit::Exited(code),
-            Ok(WaitStatus::Signaled(pid, signal, _)) if pid == main => break Exit::Signaled(signal as i32),
+        match wait_for_any() {
+            Ok((pid, exit)) if pid == main => break exit,
             Ok(_) | Err(Errno::EINTR) => {}
             // ECHILD cannot be: `main` is our child until it is reaped
             Err(_) => exit_now(71),

@@ -118,6 +118,7 @@ impl Launcher<'_> {
             ids,
             stage: Stage::Entering,
             alarm: None,
+            oom_until: None,
             failure: None,
             killed: None,
             told: None,

@@ -31,6 +31,11 @@ use crate::wire::RecvError;
 /// The closest together that a sandbox's CPU time is looked at.
 const CPU_CHECK_MIN: Duration = Duration::from_millis(2);
 
+/// How long after the announcement of an OOM the kill is waited for, and how often it is looked for. It follows at
+/// once, unless the task that is at it has no CPU: then a few periods of the quota later.
+const OOM_KILL_WITHIN: Duration = Duration::from_secs(2);
+const OOM_CHECK: Duration = Duration::from_millis(2);
+
 /// The longest a sandbox may take from its clone to being ready. A compiled module of the greatest allowed size is
 /// mapped in well under a second; this is for a machine that is swamped.
 pub(super) const READY_WITHIN: Duration = Duration::from_secs(10);
@@ -46,6 +51,8 @@ pub(super) struct Live {
     pub(super) ids: JobIds,
     pub(super) stage: Stage,
     pub(super) alarm: Option<Instant>,
+    /// Until when an OOM kill that has been announced may still come.
+    pub(super) oom_until: Option<Instant>,
     /// The first thing that went wrong before tenant code.
     pub(super) failure: Option<LaunchError>,
     /// The first reason to kill it.
@@ -144,8 +151,13 @@ impl Launcher<'_> {
         if let Some(event) = &live.oom {
             let _ = nix::unistd::read(event, &mut [0; 8]);
         }
+        // v1 announces before it kills: the counter may be about to change
+        let now = Instant::now();
+        live.oom_until = Some(now + OOM_KILL_WITHIN);
         if live.leaf.oom_kills() > 0 {
             self.kill(id, KillCause::Memory);
+        } else {
+            self.keep_time(id, now);
         }
     }
 
@@ -166,11 +178,15 @@ impl Launcher<'_> {
         }
     }
 
-    /// Kills the sandbox if its wall or CPU time is over; else says when to look again.
+    /// Kills the sandbox if its wall or CPU time is over, or for an OOM; else says when to look again.
     fn keep_time(&mut self, id: SandboxId, now: Instant) {
         let Some(live) = self.live.get(&id) else { return };
         let Stage::Running(since) = live.stage else { return };
         let limits = live.spec.limits;
+        let oom = live.oom_until.is_some_and(|until| now < until);
+        if oom && live.leaf.oom_kills() > 0 {
+            return self.kill(id, KillCause::Memory);
+        }
         let wall_end = since + limits.wall_time;
         if now >= wall_end {
             return self.kill(id, KillCause::WallTime);
@@ -182,7 +198,8 @@ impl Launcher<'_> {
         // it cannot use CPU time faster than its quota allows, nor than the host has CPUs
         let millicores = limits.cpu_millicores.min(self.place.host_millicores).max(1);
         let soonest = (left * 1000 / millicores).max(CPU_CHECK_MIN);
-        self.set_alarm(id, Some(wall_end.min(now + soonest)));
+        let look_again = if oom { soonest.min(OOM_CHECK) } else { soonest };
+        self.set_alarm(id, Some(wall_end.min(now + look_again)));
     }
 
     pub(super) fn set_alarm(&mut self, id: SandboxId, at: Option<Instant>) {
@@ -210,9 +227,11 @@ impl Launcher<'_> {
         };
         self.set_alarm(id, None);
         let Some(live) = self.live.remove(&id) else { return };
+        let report = report(&live, status);
         let message = match live.failure {
-            Some(error) => FromLauncher::Refused { id, error },
-            None => FromLauncher::Ended { id, report: report(&live, status) },
+            // whatever failed where the kernel had killed for memory failed for that
+            Some(error) if report.usage.oom_kills == 0 => FromLauncher::Refused { id, error },
+            _ => FromLauncher::Ended { id, report },
         };
         self.outbox.send(message);
         self.uids.give_back(&live.ids);
@@ -235,5 +254,8 @@ fn report(live: &Live, status: Exit) -> SandboxReport {
     };
     // an OOM kill that ended the job before anybody was woken is one all the same
     let killed = live.killed.or((usage.oom_kills > 0).then_some(KillCause::Memory));
+    // no pid 1 can be sent this signal from within its namespace
+    let outside = live.told.is_none() && status == Exit::Signaled(Signal::SIGKILL as i32);
+    let killed = killed.or(outside.then_some(KillCause::Outside));
     SandboxReport { exit: live.told.unwrap_or(status), killed, started, usage }
 }

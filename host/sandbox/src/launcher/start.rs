@@ -21,6 +21,7 @@ use super::outbox::Outbox;
 use super::sweeper::{self, Sweeper};
 use super::{Launcher, verify};
 use crate::cgroup::{Plan, Tree};
+use crate::error::in_words;
 use crate::init::{identity, root};
 use crate::protocol::{FromLauncher, LauncherConfig, ToLauncher, VERSION};
 use crate::sys::mount::{MountAttr, attach, clone_mount, make_all_private, new_mount, restrict};
@@ -144,11 +145,12 @@ fn lay_foundation(config: &LauncherConfig) -> Result<Foundation, Vec<String>> {
         problems
             .push(format!("the server speaks version {} of the launcher's protocol, not {VERSION}", config.version));
     }
-    let uids = UidPool::claim(&config.lock_dir).map_err(|error| problems.push(words(&error))).ok();
-    let plan = Plan::for_this_process().map_err(|error| problems.push(words(&error))).ok();
+    let uids = UidPool::claim(&config.lock_dir).and_then(|uids| uids.succeed(&config.instance));
+    let uids = uids.map_err(|error| problems.push(in_words(&error))).ok();
+    let plan = Plan::for_this_process().map_err(|error| problems.push(in_words(&error))).ok();
     let version = plan.as_ref().map(Plan::version);
-    let make = |plan| Tree::make(plan, config.instance.as_str()).map_err(|error| problems.push(words(&error))).ok();
-    let tree = plan.and_then(make);
+    let make = |plan| Tree::make(plan, config.instance.as_str()).map_err(|error| problems.push(in_words(&error))).ok();
+    let tree = plan.filter(|_| uids.is_some()).and_then(make);
     let null = OpenOptions::new().read(true).write(true).open("/dev/null").map(OwnedFd::from);
     let null = null.map_err(|error| problems.push(format!("open `/dev/null`: {error}"))).ok();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -162,17 +164,6 @@ fn lay_foundation(config: &LauncherConfig) -> Result<Foundation, Vec<String>> {
         }),
         _ => Err(problems),
     }
-}
-
-/// An error and its causes in one line.
-fn words(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 /// Leaves the host: own session, mounts, network and IPC; few capabilities; nothing to read in `/proc` for others.

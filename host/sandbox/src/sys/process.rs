@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::{ForkResult, Pid};
 
 use super::check;
+use crate::usage::Exit;
 
 /// Proof that this process has exactly one thread.
 ///
@@ -76,6 +77,18 @@ pub(crate) fn fork(_proof: &SingleThreaded) -> nix::Result<Option<Pid>> {
         ForkResult::Child => Ok(None),
         ForkResult::Parent { child } => Ok(Some(child)),
     }
+}
+
+/// Waits for the end of any child.
+///
+/// `nix` knows no real-time signals: it takes a child that one of them has ended for an error of the call.
+pub(crate) fn wait_for_any() -> nix::Result<(Pid, Exit)> {
+    let mut status = 0;
+    // SAFETY: `status` outlives the call.
+    let pid = Pid::from_raw(Errno::result(unsafe { libc::waitpid(-1, &raw mut status, 0) })?);
+    // without WUNTRACED and WCONTINUED only ends are told
+    let signaled = libc::WIFSIGNALED(status);
+    Ok((pid, if signaled { Exit::Signaled(libc::WTERMSIG(status)) } else { Exit::Exited(libc::WEXITSTATUS(status)) }))
 }
 
 /// Sends `signal` to the process that `pidfd` refers to. `ESRCH` once that process is dead and reaped.

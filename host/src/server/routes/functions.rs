@@ -51,7 +51,7 @@ pub(super) async fn call(State(app): State<App>, request: Request<Body>) -> Resu
     if plugin.interface != Interface::Http {
         return Err(Problem::new(Code::WrongInterface, "the plugin is a command; run it with `POST …/jobs`"));
     }
-    let request = job_request(&app, tenant, plugin, &parts)?;
+    let request = job_request(&app, tenant, plugin)?;
     refuse_longer_than(&parts.headers, request.limits.get(Limit::InputBytes))?;
     if app.is_draining() {
         return Err(AdmissionError::Draining.into());
@@ -124,15 +124,14 @@ async fn authorize(app: &App, parts: &mut Parts, tenant: &str, plugin: &str) -> 
 }
 
 /// A job with the plugin's own settings: a call has none.
-fn job_request(app: &App, tenant: Tenant, plugin: Arc<Plugin>, parts: &Parts) -> Result<JobRequest, Problem> {
+fn job_request(app: &App, tenant: Tenant, plugin: Arc<Plugin>) -> Result<JobRequest, Problem> {
     let maximums = tenant.job_maximums(&app.job_maximums);
     let sources = [&plugin.limits(), &tenant.job_defaults(), &app.job_defaults];
     let limits = Limits::resolve(plugin.runtime, &sources, &maximums);
     limits.check(&maximums)?;
     let (args, env) = (plugin.settings.args.clone(), plugin.settings.env.clone());
-    let content_type = parts.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let content_type = content_type.unwrap_or_default().to_owned();
-    Ok(JobRequest { tenant, plugin, limits, args, env, content_type })
+    // the guest sees the request's own headers
+    Ok(JobRequest { tenant, plugin, limits, args, env, content_type: String::new() })
 }
 
 fn for_guest(mut parts: Parts, uri: Uri, body: Body) -> Request<Body> {

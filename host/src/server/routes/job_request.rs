@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::limit::{Given, Limits};
-use crate::plugin::{Plugin, check_args, check_env};
+use crate::plugin::{Plugin, check_args, check_env, check_size};
 use crate::server::app::App;
 use crate::server::problem::{Code, Problem};
 use crate::tenant::Tenant;
@@ -47,8 +47,9 @@ impl JobSettings {
         let invalid = |what| Problem::new(Code::InvalidSettings, what);
         check_args(&args).map_err(invalid)?;
         check_env(&env).map_err(invalid)?;
-        let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-        Ok(Self { limits, args, env, content_type: content_type.unwrap_or_default().to_owned() })
+        let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        check_size(&args, &env, content_type).map_err(invalid)?;
+        Ok(Self { limits, args, env, content_type: content_type.to_owned() })
     }
 }
 
