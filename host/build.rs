@@ -1,7 +1,7 @@
 //! Builds this repository's plugins as static native programs, so that one `cargo` command is all the set-up there is.
 //!
 //! They are built by a `cargo` of their own: a static program needs another linkage than the host's own tools, and
-//! `RUSTFLAGS` cannot be set for single packages. `HOLM_PLUGINS` names the directory with the programs.
+//! `RUSTFLAGS` cannot be set for single packages. `BUNDLED_PLUGINS` names the directory with the programs.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -30,5 +30,5 @@ fn main() {
         .env_remove("RUSTC_WRAPPER");
     let status = cargo.status().expect("start cargo for the plugins");
     assert!(status.success(), "the plugins could not be built; is a C library for static linking there (libc6-dev)?");
-    println!("cargo::rustc-env=HOLM_PLUGINS={}", out.join(TARGET).join("plugin").display());
+    println!("cargo::rustc-env=BUNDLED_PLUGINS={}", out.join(TARGET).join("plugin").display());
 }

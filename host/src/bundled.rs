@@ -11,7 +11,7 @@ pub struct Bundled {
 
 macro_rules! native {
     ($name:literal) => {
-        include_bytes!(concat!(env!("HOLM_PLUGINS"), "/", $name))
+        include_bytes!(concat!(env!("BUNDLED_PLUGINS"), "/", $name))
     };
 }
 
@@ -29,5 +29,7 @@ pub const WORD_COUNT_WASM: Bundled = Bundled { name: "word-count-wasm", artifact
 pub const ECHO_NATIVE: Bundled = Bundled { name: "echo", artifact: native!("echo") };
 /// See [`ECHO_NATIVE`].
 pub const ECHO_WASM: Bundled = Bundled { name: "echo-wasm", artifact: wasm!("echo") };
+/// Answers HTTP requests.
+pub const HTTP_HELLO: Bundled = Bundled { name: "http-hello", artifact: wasm!("http-hello") };
 /// The attacker.
 pub const PROBE: Bundled = Bundled { name: "probe", artifact: native!("probe") };

@@ -351,7 +351,7 @@ pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
 
 /// One of this repository's plugins as a static native program.
 pub fn native(name: &str) -> Vec<u8> {
-    fs::read(Path::new(env!("HOLM_PLUGINS")).join(name)).unwrap()
+    fs::read(Path::new(env!("BUNDLED_PLUGINS")).join(name)).unwrap()
 }
 
 /// One of this repository's plugins as WebAssembly.

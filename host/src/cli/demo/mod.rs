@@ -1,5 +1,8 @@
-//! `holm demo`: a throw-away server, jobs over HTTP on real input, and what each limit does to a job that misbehaves.
+//! `holm demo`: a throw-away server, jobs and an HTTP function on real input, attacks that fail, and what each limit does
+//! to a job that misbehaves.
 
+mod attacks;
+mod function;
 mod neighbour;
 mod server;
 
@@ -13,7 +16,7 @@ use serde_json::{Value, json};
 use self::neighbour::Neighbour;
 use self::server::Server;
 use super::{EX_SOFTWARE, Fatal, OrExit};
-use crate::bundled::{Bundled, ECHO_WASM, PROBE, WORD_COUNT_NATIVE, WORD_COUNT_WASM};
+use crate::bundled::{Bundled, ECHO_WASM, HTTP_HELLO, PROBE, WORD_COUNT_NATIVE, WORD_COUNT_WASM};
 
 /// Real text: the licence of this program.
 const TEXT: &str = include_str!("../../../LICENSE");
@@ -43,6 +46,8 @@ fn play(stage: &mut Stage) -> anyhow::Result<()> {
     stage.line(format!("A throw-away server listens on {}. Everything below happens over HTTP.", server.url()))?;
     set_up(&server)?;
     main_job(stage, &server)?;
+    function::show(stage, &server)?;
+    attacks::show(stage, &server)?;
     misbehave(stage, server)
 }
 
@@ -51,7 +56,7 @@ fn set_up(server: &Server) -> anyhow::Result<()> {
     for tenant in ["acme", "neighbour"] {
         expect(server.send("PUT", &format!("/v1/tenants/{tenant}"), &[JSON], b"{}")?, 201)?;
     }
-    for plugin in [WORD_COUNT_NATIVE, WORD_COUNT_WASM, PROBE] {
+    for plugin in [WORD_COUNT_NATIVE, WORD_COUNT_WASM, HTTP_HELLO, PROBE] {
         upload(server, "acme", plugin)?;
     }
     upload(server, "neighbour", ECHO_WASM)
