@@ -24,7 +24,7 @@ pub(super) fn show(stage: &mut Stage, server: &Server) -> anyhow::Result<()> {
     if echo.body != TEXT.as_bytes() {
         bail!("the component gave back other bytes than it was sent");
     }
-    stage.line(format!("  POST /fn/acme/http-hello/echo       200 {} bytes, the same as were sent", TEXT.len()))?;
+    stage.line(format!("  POST /fn/acme/http-hello/echo        200 {} bytes, the same as were sent", TEXT.len()))?;
 
     stage.line("Each of them ran in a process cloned for it alone:")?;
     stage.line(format!(
