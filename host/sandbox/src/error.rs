@@ -33,12 +33,12 @@ pub enum Step {
     MapIds,
     /// The process is attached to its cgroup.
     AttachCgroup,
-    /// The gate is opened.
+    /// The gate is opened, or the sandbox admitted through it.
     OpenGate,
     // in the child
     /// Inherited descriptors are closed.
     CloseFds,
-    /// The child waits for its gate.
+    /// The child waits at its gate, to go on or to be admitted.
     WaitGate,
     /// Session, groups and ids are taken.
     TakeIdentity,
@@ -97,8 +97,10 @@ pub enum Step {
     VerifyNamespaces,
     /// It reads capabilities, no_new_privs and seccomp mode back.
     VerifyPrivilege,
-    /// It reads ids and the uid map back.
+    /// It reads session, ids and the uid map back.
     VerifyIds,
+    /// It reads the mounts back.
+    VerifyMounts,
     /// It reads cgroup membership back.
     VerifyCgroup,
     /// The sandbox became ready in time.
@@ -158,6 +160,7 @@ impl fmt::Display for Step {
             Self::VerifyNamespaces => "verify the namespaces against the kernel",
             Self::VerifyPrivilege => "verify capabilities, no_new_privs and seccomp against the kernel",
             Self::VerifyIds => "verify the ids against the kernel",
+            Self::VerifyMounts => "verify the mounts against the kernel",
             Self::VerifyCgroup => "verify the cgroup against the kernel",
             Self::BecomeReady => "become ready in time",
             Self::ReceiveJob => "receive the job",

@@ -1,9 +1,10 @@
 //! Who the child is: session, groups, ids, keyring, limits, capabilities.
 
 use nix::sys::prctl;
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid, setsid};
 
+use super::took_effect;
 use crate::spec::{JOB_ID, Kind, SandboxSpec};
 use crate::sys::process::join_new_session_keyring;
 
@@ -47,11 +48,11 @@ pub(crate) fn set_rlimits(spec: &SandboxSpec) -> nix::Result<()> {
         (Resource::RLIMIT_NICE, 0),
         (Resource::RLIMIT_SIGPENDING, 1024),
     ];
-    for (resource, value) in limits {
+    // the stack of Holm's own code is as the server's; the guest's has a limit of its own
+    let stack = (spec.kind == Kind::Native).then_some((Resource::RLIMIT_STACK, spec.limits.stack_bytes));
+    for (resource, value) in limits.into_iter().chain(stack) {
         setrlimit(resource, value, value)?;
-    }
-    if spec.kind == Kind::Native {
-        setrlimit(Resource::RLIMIT_STACK, spec.limits.stack_bytes, spec.limits.stack_bytes)?;
+        took_effect(getrlimit(resource)? == (value, value))?;
     }
     Ok(())
 }
@@ -74,5 +75,6 @@ pub(crate) fn empty_capability_sets() -> nix::Result<()> {
 
 /// Makes the process one that nobody can attach to or read through `/proc`.
 pub(crate) fn become_non_dumpable() -> nix::Result<()> {
-    prctl::set_dumpable(false)
+    prctl::set_dumpable(false)?;
+    took_effect(!prctl::get_dumpable()?)
 }

@@ -1,11 +1,14 @@
 //! Processes: `clone3` from a single-threaded process, pidfd signals, and closing what must not be inherited.
 
 use std::fs;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use nix::dir::Dir;
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::sched::CloneFlags;
 use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
 use nix::unistd::{ForkResult, Pid};
 
 use super::check;
@@ -108,13 +111,28 @@ pub(crate) fn close_all_except(_proof: &SingleThreaded, keep: &[BorrowedFd<'_>])
     let mut keep: Vec<libc::c_uint> = keep.iter().map(|fd| fd.as_raw_fd().cast_unsigned()).collect();
     keep.sort_unstable();
     let mut first: libc::c_uint = 0;
-    for fd in keep {
-        if fd > first {
+    for fd in &keep {
+        if *fd > first {
             close_range(first, fd - 1)?;
         }
         first = fd + 1;
     }
-    close_range(first, libc::c_uint::MAX)
+    close_range(first, libc::c_uint::MAX)?;
+    nothing_open_except(&keep)
+}
+
+/// Reads back from the kernel that no other descriptor is open, else `EPROTO`.
+fn nothing_open_except(keep: &[libc::c_uint]) -> nix::Result<()> {
+    let mut open = Dir::open("/proc/self/fd", OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    let own = open.as_fd().as_raw_fd().cast_unsigned();
+    for entry in open.iter() {
+        // `.` and `..` are no numbers
+        let fd = entry?.file_name().to_str().ok().and_then(|name| name.parse().ok());
+        if fd.is_some_and(|fd| fd != own && !keep.contains(&fd)) {
+            return Err(Errno::EPROTO);
+        }
+    }
+    Ok(())
 }
 
 fn close_range(first: libc::c_uint, last: libc::c_uint) -> nix::Result<()> {
@@ -149,7 +167,8 @@ pub(crate) fn errno_of(error: &std::io::Error) -> Errno {
 pub(crate) fn join_new_session_keyring() -> nix::Result<()> {
     // SAFETY: a null name asks for an anonymous keyring; no memory is read.
     let ret = unsafe { libc::syscall(libc::SYS_keyctl, libc::KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<u8>()) };
-    check(ret).map(drop)
+    // the number of the keyring, which is never 0
+    if check(ret)? > 0 { Ok(()) } else { Err(Errno::EPROTO) }
 }
 
 /// Sets every signal to its default action and unblocks all: what a program expects to start with.
