@@ -33,12 +33,12 @@ pub enum Step {
     MapIds,
     /// The process is attached to its cgroup.
     AttachCgroup,
-    /// The gate is opened.
+    /// The gate is opened, or the sandbox admitted through it.
     OpenGate,
     // in the child
     /// Inherited descriptors are closed.
     CloseFds,
-    /// The child waits for its gate.
+    /// The child waits at its gate, to go on or to be admitted.
     WaitGate,
     /// Session, groups and ids are taken.
     TakeIdentity,
@@ -76,6 +76,8 @@ pub enum Step {
     SetNoNewPrivs,
     /// The process is made non-dumpable.
     SetNonDumpable,
+    /// Speculation past stores is switched off for good, where the CPU can and the kernel lets it.
+    EndSpeculation,
     /// The Landlock rules are enforced.
     RestrictLandlock,
     /// A file that Landlock must refuse is opened, and must be refused.
@@ -97,8 +99,10 @@ pub enum Step {
     VerifyNamespaces,
     /// It reads capabilities, no_new_privs and seccomp mode back.
     VerifyPrivilege,
-    /// It reads ids and the uid map back.
+    /// It reads session, ids and the uid map back.
     VerifyIds,
+    /// It reads the mounts back.
+    VerifyMounts,
     /// It reads cgroup membership back.
     VerifyCgroup,
     /// The sandbox became ready in time.
@@ -147,6 +151,7 @@ impl fmt::Display for Step {
             Self::DropCapabilities => "drop all capabilities",
             Self::SetNoNewPrivs => "set no_new_privs",
             Self::SetNonDumpable => "become non-dumpable",
+            Self::EndSpeculation => "end speculative store bypass",
             Self::RestrictLandlock => "enforce Landlock",
             Self::ProveLandlock => "prove that Landlock refuses",
             Self::InstallBaseFilter => "install the seccomp allow-list",
@@ -158,6 +163,7 @@ impl fmt::Display for Step {
             Self::VerifyNamespaces => "verify the namespaces against the kernel",
             Self::VerifyPrivilege => "verify capabilities, no_new_privs and seccomp against the kernel",
             Self::VerifyIds => "verify the ids against the kernel",
+            Self::VerifyMounts => "verify the mounts against the kernel",
             Self::VerifyCgroup => "verify the cgroup against the kernel",
             Self::BecomeReady => "become ready in time",
             Self::ReceiveJob => "receive the job",

@@ -5,8 +5,9 @@
 //!   maps written, cgroups attached
 //!   Open ───────────────────────────────────▶ namespaces entered, root built, confined
 //!                       Ready or Failed ◀────
-//!   reads the layers back, tells the server
-//!                                             receives the job from the server
+//!   reads the layers back
+//!   Admit ──────────────────────────────────▶ receives the job from the server
+//!   tells the server
 //!                                   Started ◀ the next instruction is the tenant's
 //!   clocks start
 //!                                    Exited ◀ native only: how the main process ended
@@ -41,6 +42,8 @@ pub(crate) enum FromSandbox {
 pub(crate) enum ToSandbox {
     /// The maps are written and the cgroups attached: go on.
     Open,
+    /// Every layer has been read back: take a job. Not the server's to say, however early it sends one.
+    Admit,
 }
 
 /// The launcher's end.
@@ -65,8 +68,8 @@ pub(crate) fn pair() -> std::io::Result<(LauncherGate, SandboxGate)> {
 }
 
 impl LauncherGate {
-    pub(crate) fn open(&self) -> std::io::Result<()> {
-        self.0.send(&ToSandbox::Open, NO_FDS)
+    pub(crate) fn tell(&self, message: ToSandbox) -> std::io::Result<()> {
+        self.0.send(&message, NO_FDS)
     }
 
     /// The next message and the pid that sent it.
@@ -77,10 +80,11 @@ impl LauncherGate {
 }
 
 impl SandboxGate {
-    /// Blocks until the launcher opens the gate.
-    pub(crate) fn wait_open(&self) -> nix::Result<()> {
+    /// Blocks until the launcher says `word`.
+    pub(crate) fn wait_for(&self, word: ToSandbox) -> nix::Result<()> {
         match self.0.recv_into(&mut [0; MAX_MESSAGE], |_: &ToSandbox| 0) {
-            Ok(_) => Ok(()),
+            Ok(received) if received.value == word => Ok(()),
+            Ok(_) => Err(nix::errno::Errno::EPROTO),
             Err(RecvError::Io(error)) => Err(crate::sys::process::errno_of(&error)),
             Err(_) => Err(nix::errno::Errno::EPIPE),
         }

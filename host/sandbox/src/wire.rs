@@ -146,8 +146,9 @@ pub fn recv<T: DeserializeOwned>(
     let (len, truncated, fds, sender) = loop {
         match recvmsg::<()>(socket, &mut iov, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC) {
             Err(nix::errno::Errno::EINTR) => {}
+            // said once, by an end that closed before it had read everything; what it has sent is still to come
+            Err(nix::errno::Errno::ECONNRESET) => {}
             Err(nix::errno::Errno::EAGAIN) => return Err(RecvError::Empty),
-            Err(nix::errno::Errno::ECONNRESET) => return Err(RecvError::Closed),
             Err(errno) => return Err(RecvError::Io(errno.into())),
             Ok(message) => {
                 let truncated = message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
@@ -244,6 +245,16 @@ mod tests {
     fn a_closed_end_says_so() {
         let (a, b) = Packets::pair().unwrap();
         drop(a);
+        assert!(matches!(b.recv::<u8>(|_| 0), Err(RecvError::Closed)));
+    }
+
+    #[test]
+    fn the_last_words_of_an_end_that_did_not_listen_arrive() {
+        let (a, b) = Packets::pair().unwrap();
+        b.send(&1_u8, &[] as &[OwnedFd]).unwrap();
+        a.send(&2_u8, &[] as &[OwnedFd]).unwrap();
+        drop(a);
+        assert_eq!(b.recv::<u8>(|_| 0).unwrap().value, 2);
         assert!(matches!(b.recv::<u8>(|_| 0), Err(RecvError::Closed)));
     }
 

@@ -11,7 +11,8 @@ use crate::wire::Packets;
 
 /// What a sandbox can run. Lives in the launcher; its methods run in the sandbox.
 pub trait Workload {
-    /// Loads the artifact. The process is confined but for the last filter; no instruction of the tenant's may run.
+    /// Loads the artifact. The process is confined, one that is not native but for the last filter; no instruction of the
+    /// tenant's may run.
     ///
     /// # Errors
     /// Any errno: the launch is refused with [`crate::Step::Prepare`].

@@ -112,6 +112,11 @@ impl Dir {
         PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd()))
     }
 
+    /// Reads back that a file holds the number that was written to it, else `EPROTO`.
+    pub(crate) fn confirm(&self, file: &str, value: u64) -> nix::Result<()> {
+        if self.number(file) == Some(value) { Ok(()) } else { Err(Errno::EPROTO) }
+    }
+
     /// A figure from a file that holds a single number.
     pub(crate) fn number(&self, file: &str) -> Option<u64> {
         self.read(file).ok()?.trim().parse().ok()

@@ -22,6 +22,9 @@ pub(crate) use self::leaf::Leaf;
 use self::tree::Level;
 pub(crate) use self::tree::{Remains, Tree};
 
+/// What the kernel rounds memory limits down to, on x86-64.
+const PAGE_BYTES: u64 = 4096;
+
 /// A controller that every job needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Role {

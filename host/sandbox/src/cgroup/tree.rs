@@ -100,7 +100,9 @@ impl Tree {
         if let (Some(v2), false) = (plan.v2, delegation.is_empty()) {
             let hierarchy = &plan.hierarchies[v2];
             for dir in [&base.0[v2], &root.0[v2]] {
-                v2::delegate(dir, &delegation).map_err(|e| failed("delegate the controllers of", hierarchy, e))?;
+                v2::delegate(dir, &delegation)
+                    .inspect_err(|_| sweep(&base, &name))
+                    .map_err(|e| failed("delegate the controllers of", hierarchy, e))?;
             }
         }
         Ok(Self { plan: Rc::new(plan), base, name, root: Rc::new(root), tenants: HashMap::new() })

@@ -10,10 +10,12 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::PAGE_BYTES;
 use super::dir::Dir;
 
 /// Limits memory, and memory plus swap to the same value, so that swapping is no way around the limit.
 pub(super) fn limit_memory(dir: &Dir, bytes: u64) -> nix::Result<()> {
+    let whole_pages = bytes - bytes % PAGE_BYTES;
     let bytes = i64::try_from(bytes).map_err(|_| Errno::ERANGE)?;
     let memory = MemController::new(dir.path(), false);
     // the kernel refuses `limit > memsw` at any moment: lower the limit first, raise it last
@@ -27,25 +29,35 @@ pub(super) fn limit_memory(dir: &Dir, bytes: u64) -> nix::Result<()> {
     match errno(memory.set_memswap_limit(bytes)) {
         // swap is not accounted by this kernel; doctor says whether there is any
         Err(Errno::ENOENT) => {}
-        other => other?,
+        other => {
+            other?;
+            dir.confirm("memory.memsw.limit_in_bytes", whole_pages)?;
+        }
     }
-    if raising { errno(memory.set_limit(bytes)) } else { Ok(()) }
+    if raising {
+        errno(memory.set_limit(bytes))?;
+    }
+    dir.confirm("memory.limit_in_bytes", whole_pages)
 }
 
 pub(super) fn limit_cpu(dir: &Dir, quota_us: u64, period_us: u64) -> nix::Result<()> {
     let cpu = CpuController::new(dir.path(), false);
     errno(cpu.set_cfs_period(period_us))?;
-    errno(cpu.set_cfs_quota(i64::try_from(quota_us).map_err(|_| Errno::ERANGE)?))
+    errno(cpu.set_cfs_quota(i64::try_from(quota_us).map_err(|_| Errno::ERANGE)?))?;
+    dir.confirm("cpu.cfs_period_us", period_us)?;
+    dir.confirm("cpu.cfs_quota_us", quota_us)
 }
 
 /// `cpu.shares` is 1024 where `cpu.weight` is 100, within the kernel's bounds of 2 and 2^18.
 pub(super) fn weigh_cpu(dir: &Dir, weight: u32) -> nix::Result<()> {
     let shares = (u64::from(weight) * 1024 / 100).clamp(2, 1 << 18);
-    errno(CpuController::new(dir.path(), false).set_shares(shares))
+    errno(CpuController::new(dir.path(), false).set_shares(shares))?;
+    dir.confirm("cpu.shares", shares)
 }
 
 pub(super) fn limit_pids(dir: &Dir, pids: u32) -> nix::Result<()> {
-    errno(PidController::new(dir.path(), false).set_pid_max(MaxValue::Value(i64::from(pids))))
+    errno(PidController::new(dir.path(), false).set_pid_max(MaxValue::Value(i64::from(pids))))?;
+    dir.confirm("pids.max", pids.into())
 }
 
 /// An eventfd that becomes readable on an OOM in this cgroup. It also fires for an ancestor's OOM and on removal, so

@@ -3,6 +3,7 @@
 
 use nix::errno::Errno;
 
+use super::PAGE_BYTES;
 use super::dir::Dir;
 
 /// The controllers that this cgroup could give to its children.
@@ -22,23 +23,30 @@ pub(super) fn delegate(dir: &Dir, controllers: &[&str]) -> nix::Result<()> {
 /// Limits memory with no swap, and makes an OOM kill take the whole cgroup.
 pub(super) fn limit_memory(dir: &Dir, bytes: u64) -> nix::Result<()> {
     dir.write("memory.max", &bytes.to_string())?;
+    dir.confirm("memory.max", bytes - bytes % PAGE_BYTES)?;
     dir.write_if_present("memory.swap.max", "0")
 }
 
 pub(super) fn kill_whole_group_on_oom(dir: &Dir) -> nix::Result<()> {
-    dir.write("memory.oom.group", "1")
+    dir.write("memory.oom.group", "1")?;
+    dir.confirm("memory.oom.group", 1)
 }
 
 pub(super) fn limit_cpu(dir: &Dir, quota_us: u64, period_us: u64) -> nix::Result<()> {
-    dir.write("cpu.max", &format!("{quota_us} {period_us}"))
+    let max = format!("{quota_us} {period_us}");
+    dir.write("cpu.max", &max)?;
+    let read = dir.read("cpu.max").map_err(|error| crate::sys::process::errno_of(&error))?;
+    if read.trim_end() == max { Ok(()) } else { Err(Errno::EPROTO) }
 }
 
 pub(super) fn weigh_cpu(dir: &Dir, weight: u32) -> nix::Result<()> {
-    dir.write("cpu.weight", &weight.to_string())
+    dir.write("cpu.weight", &weight.to_string())?;
+    dir.confirm("cpu.weight", weight.into())
 }
 
 pub(super) fn limit_pids(dir: &Dir, pids: u32) -> nix::Result<()> {
-    dir.write("pids.max", &pids.to_string())
+    dir.write("pids.max", &pids.to_string())?;
+    dir.confirm("pids.max", pids.into())
 }
 
 pub(super) fn oom_kills(dir: &Dir) -> Option<u64> {

@@ -1,11 +1,12 @@
 //! Who the child is: session, groups, ids, keyring, limits, capabilities.
 
 use nix::sys::prctl;
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid, setsid};
 
+use super::took_effect;
 use crate::spec::{JOB_ID, Kind, SandboxSpec};
-use crate::sys::process::join_new_session_keyring;
+use crate::sys::process::{StoreBypass, disable_store_bypass, join_new_session_keyring, store_bypass};
 
 /// Descriptors that Holm's own runtime holds inside a Wasm job, on top of what the guest opens.
 const RUNTIME_FILES: u64 = 16;
@@ -50,12 +51,12 @@ pub(crate) fn become_job_user() -> nix::Result<()> {
 pub(crate) fn set_rlimits(spec: &SandboxSpec) -> nix::Result<()> {
     let files = u64::from(spec.limits.open_files);
     let files = if spec.kind == Kind::Wasm { files + RUNTIME_FILES } else { files };
-    setrlimit(Resource::RLIMIT_NOFILE, files, files)?;
-    for (resource, value, _) in RLIMITS {
+    // the stack of Holm's own code is as the server's; the guest's has a limit of its own
+    let stack = (spec.kind == Kind::Native).then_some((Resource::RLIMIT_STACK, spec.limits.stack_bytes));
+    let same = RLIMITS.map(|(resource, value, _)| (resource, value));
+    for (resource, value) in [(Resource::RLIMIT_NOFILE, files)].into_iter().chain(same).chain(stack) {
         setrlimit(resource, value, value)?;
-    }
-    if spec.kind == Kind::Native {
-        setrlimit(Resource::RLIMIT_STACK, spec.limits.stack_bytes, spec.limits.stack_bytes)?;
+        took_effect(getrlimit(resource)? == (value, value))?;
     }
     Ok(())
 }
@@ -76,7 +77,20 @@ pub(crate) fn empty_capability_sets() -> nix::Result<()> {
     Ok(())
 }
 
+/// Gives up speculative store bypass, a way to read what the process must not (Spectre variant 4), for good and for every
+/// child. Where there is nothing to give up, or no way to, `holm doctor` tells what the kernel says of this CPU.
+pub(crate) fn end_speculation() -> nix::Result<()> {
+    match store_bypass()? {
+        StoreBypass::OfThisThread => {
+            disable_store_bypass()?;
+            took_effect(store_bypass()? == StoreBypass::Disabled)
+        }
+        StoreBypass::Disabled | StoreBypass::OutOfReach => Ok(()),
+    }
+}
+
 /// Makes the process one that nobody can attach to or read through `/proc`.
 pub(crate) fn become_non_dumpable() -> nix::Result<()> {
-    prctl::set_dumpable(false)
+    prctl::set_dumpable(false)?;
+    took_effect(!prctl::get_dumpable()?)
 }

@@ -13,14 +13,23 @@ use nix::errno::Errno;
 
 use super::root::LANDLOCK_PROOF;
 use crate::spec::Kind;
+use crate::sys::process::{errno_of, landlock_abi};
 
 /// The newest ABI whose rights were vetted for this policy.
 const VETTED: ABI = ABI::V6;
 
 /// Restricts this process and all its children. Needs `no_new_privs`.
 pub(crate) fn restrict(kind: Kind) -> nix::Result<()> {
-    let enforced = try_restrict(kind).map_err(|_| Errno::EOPNOTSUPP)?;
+    landlock_abi()?; // the library does not say why it takes Landlock for missing
+    let enforced = try_restrict(kind).map_err(|error| errno_of_cause(&*error))?;
     if enforced { Ok(()) } else { Err(Errno::EOPNOTSUPP) }
+}
+
+/// The errno beneath the library's error.
+fn errno_of_cause(error: &(dyn std::error::Error + 'static)) -> Errno {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let call = causes.filter_map(|error| error.downcast_ref::<std::io::Error>()).next();
+    call.map_or(Errno::EOPNOTSUPP, errno_of)
 }
 
 fn try_restrict(kind: Kind) -> Result<bool, Box<dyn std::error::Error>> {
@@ -63,7 +72,7 @@ pub(crate) fn rules(kind: Kind) -> Vec<(&'static str, BitFlags<AccessFs>)> {
 pub(crate) fn prove() -> nix::Result<()> {
     match File::open(format!("/{LANDLOCK_PROOF}")) {
         Err(error) if error.raw_os_error() == Some(libc::EACCES) => Ok(()),
-        Err(error) => Err(crate::sys::process::errno_of(&error)),
+        Err(error) => Err(errno_of(&error)),
         Ok(_) => Err(Errno::ENOTRECOVERABLE),
     }
 }

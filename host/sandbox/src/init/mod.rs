@@ -20,11 +20,11 @@ use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
-use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, sethostname};
+use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, gethostname, sethostname};
 
 use self::seccomp::Filters;
 use crate::error::{AtStep, LaunchError, Step};
-use crate::gate::{FromSandbox, SandboxGate};
+use crate::gate::{FromSandbox, SandboxGate, ToSandbox};
 use crate::spec::{Kind, SandboxSpec};
 use crate::sys::process::{SingleThreaded, close_all_except, exit_now, fork, reset_signals};
 use crate::wire::Packets;
@@ -98,7 +98,7 @@ fn run(
     keep.extend(dev.as_ref().map(AsFd::as_fd));
     stand_alone(proof, &keep, &null)?;
     drop(null);
-    gate.wait_open().at(Step::WaitGate)?;
+    gate.wait_for(ToSandbox::Open).at(Step::WaitGate)?;
 
     settle(&spec)?;
     root::enter(&spec, artifact.as_fd(), dev.as_ref())?;
@@ -106,16 +106,20 @@ fn run(
     give_up_privilege(&spec, &filters)?;
 
     if spec.kind == Kind::Native {
+        // an exec is all that is left to do, so the last filter need not wait, and both processes have it
+        filters.install_last().at(Step::InstallLastFilter)?;
         // from here on two processes: this one is the init, the other one runs the program
         if let Some(main) = fork(proof).at(Step::ForkWorkload)? {
             drop((channel, artifact));
-            filters.install_last().at(Step::InstallLastFilter)?;
             reaper::reap_until(main, gate);
         }
     }
     let task = workload.prepare(&spec, artifact).at(Step::Prepare)?;
-    filters.install_last().at(Step::InstallLastFilter)?;
+    if spec.kind != Kind::Native {
+        filters.install_last().at(Step::InstallLastFilter)?;
+    }
     gate.tell(FromSandbox::Ready).at(Step::ReportReady)?;
+    gate.wait_for(ToSandbox::Admit).at(Step::WaitGate)?;
 
     let job = receive_job(Confined { gate_slot, channel })?;
     exit_now(task.run(job))
@@ -131,13 +135,14 @@ fn stand_alone(proof: &SingleThreaded, keep: &[BorrowedFd<'_>], null: &OwnedFd) 
 /// Takes possession of the new namespaces. Needs the capabilities that a new user namespace starts with.
 fn settle(spec: &SandboxSpec) -> Result<(), LaunchError> {
     // before the change of ids, after which the kernel gives this file to the host's root
-    fs::write("/proc/self/oom_score_adj", "1000").at(Step::RaiseOomScore)?;
+    write_and_read_back("/proc/self/oom_score_adj", "1000").at(Step::RaiseOomScore)?;
     identity::become_namespace_root().at(Step::TakeIdentity)?;
     identity::leave_keyring().at(Step::JoinKeyring)?;
-    fs::write("/proc/sys/user/max_user_namespaces", "0").at(Step::ForbidNestedNamespaces)?;
+    write_and_read_back("/proc/sys/user/max_user_namespaces", "0").at(Step::ForbidNestedNamespaces)?;
     // not at the clone: only after the attach is the namespace rooted at the job's own cgroup
     unshare(CloneFlags::CLONE_NEWCGROUP).at(Step::EnterCgroupNamespace)?;
     sethostname(HOSTNAME).at(Step::SetHostname)?;
+    took_effect(gethostname().at(Step::SetHostname)? == HOSTNAME).at(Step::SetHostname)?;
     let name = match spec.kind {
         Kind::Native => c"holm-init",
         Kind::Wasm => c"holm-wasm",
@@ -154,11 +159,23 @@ fn give_up_privilege(spec: &SandboxSpec, filters: &Filters) -> Result<(), Launch
     identity::empty_capability_sets().at(Step::DropCapabilities)?;
     prctl::set_no_new_privs().at(Step::SetNoNewPrivs)?;
     identity::become_non_dumpable().at(Step::SetNonDumpable)?;
+    identity::end_speculation().at(Step::EndSpeculation)?;
     landlock::restrict(spec.kind).at(Step::RestrictLandlock)?;
     landlock::prove().at(Step::ProveLandlock)?;
     filters.install_base().at(Step::InstallBaseFilter)?;
     // the change of ids has cleared this before; should the launcher be dead by now, telling it of readiness fails
-    prctl::set_pdeathsig(Signal::SIGKILL).at(Step::BindToLauncher)
+    prctl::set_pdeathsig(Signal::SIGKILL).at(Step::BindToLauncher)?;
+    took_effect(prctl::get_pdeathsig() == Ok(Some(Signal::SIGKILL))).at(Step::BindToLauncher)
+}
+
+/// For what the launcher cannot see from outside.
+fn took_effect(holds: bool) -> nix::Result<()> {
+    if holds { Ok(()) } else { Err(Errno::EPROTO) }
+}
+
+fn write_and_read_back(file: &str, value: &str) -> std::io::Result<()> {
+    fs::write(file, value)?;
+    Ok(took_effect(fs::read_to_string(file)?.trim_end() == value)?)
 }
 
 /// Waits for the server to send the job, and puts its streams in place. The only way on from [`Confined`].

@@ -141,6 +141,39 @@ pub(crate) fn enter(spec: &SandboxSpec, program: BorrowedFd<'_>, dev: Option<&Ow
     pivot(&root).at(Step::PivotRoot)
 }
 
+/// Whether `mountinfo`, the content of a sandbox's `/proc/PID/mountinfo`, shows its root as [`enter`] makes it, and no
+/// mount more.
+pub(crate) fn is_whole(kind: Kind, mountinfo: &str) -> bool {
+    let meant: &[(&str, &str, &[&str])] = match kind {
+        Kind::Native => &[
+            ("/", "tmpfs", &["ro", "nosuid", "nodev"]),
+            ("/dev", "tmpfs", &["ro", "nosuid", "noexec"]),
+            ("/proc", "proc", &["ro", "nosuid", "nodev", "noexec"]),
+            ("/tmp", "tmpfs", &["nosuid", "nodev", "noexec"]),
+        ],
+        Kind::Wasm => {
+            &[("/", "tmpfs", &["ro", "nosuid", "nodev", "noexec"]), ("/tmp", "tmpfs", &["nosuid", "nodev", "noexec"])]
+        }
+        Kind::Compile => &[("/", "tmpfs", &["ro", "nosuid", "nodev", "noexec"])],
+    };
+    // `36 35 98:0 /root /mount/point options [fields…] - type source super,options`
+    let mut mounts: Vec<(&str, &str, &str)> = Vec::new();
+    for line in mountinfo.lines() {
+        let Some((left, right)) = line.split_once(" - ") else { return false };
+        let mut left = left.split(' ').skip(4);
+        let (Some(at), Some(options), Some(kind)) = (left.next(), left.next(), right.split(' ').next()) else {
+            return false;
+        };
+        mounts.push((at, kind, options));
+    }
+    mounts.sort_unstable(); // kernels differ in the order
+    let as_meant = |mount: &(&str, &str, &str), meant: &(&str, &str, &[&str])| {
+        (mount.0, mount.1) == (meant.0, meant.1)
+            && meant.2.iter().all(|option| mount.2.split(',').any(|o| o == *option))
+    };
+    mounts.len() == meant.len() && mounts.iter().zip(meant).all(|(mount, meant)| as_meant(mount, meant))
+}
+
 fn make_root(spec: &SandboxSpec, program: BorrowedFd<'_>) -> Result<OwnedFd, LaunchError> {
     let native = spec.kind == Kind::Native;
     let program_bytes = if native { program_size(program).at(Step::CopyProgram)? } else { 0 };
@@ -233,4 +266,29 @@ fn pivot(root: &OwnedFd) -> nix::Result<()> {
 
 fn decimal(number: u64) -> nix::Result<CString> {
     CString::new(number.to_string()).map_err(|_| Errno::EINVAL)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WASM: &str = "\
+93 45 0:50 / /tmp rw,nosuid,nodev,noexec,relatime - tmpfs none rw,size=1024k,nr_inodes=65,mode=700
+91 45 0:40 / / ro,nosuid,nodev,noexec,relatime - tmpfs none rw,size=64k,nr_inodes=32,mode=755
+";
+
+    #[test]
+    fn a_root_as_it_was_made_is_whole() {
+        assert!(is_whole(Kind::Wasm, WASM));
+        assert!(!is_whole(Kind::Native, WASM) && !is_whole(Kind::Compile, WASM) && !is_whole(Kind::Wasm, ""));
+    }
+
+    #[test]
+    fn a_mount_too_many_or_too_open_is_noticed() {
+        let more = "84 45 0:41 / /proc rw,nosuid,nodev,noexec - proc none rw\n";
+        assert!(!is_whole(Kind::Wasm, &format!("{WASM}{more}")));
+        for (from, to) in [("/ / ro,", "/ / rw,"), ("/tmp rw,nosuid,", "/tmp rw,"), ("/tmp", "/t"), ("tmpfs", "ext4")] {
+            assert!(!is_whole(Kind::Wasm, &WASM.replacen(from, to, 1)), "{from} -> {to}");
+        }
+    }
 }

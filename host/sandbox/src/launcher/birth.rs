@@ -10,11 +10,11 @@ use nix::errno::Errno;
 use nix::sched::CloneFlags;
 use nix::unistd::Pid;
 
-use super::live::{Live, READY_WITHIN, Stage};
+use super::live::{Live, READY_WITHIN, REAP_AGAIN, Stage};
 use super::{Launcher, MAX_ID, Source};
 use crate::cgroup::Leaf;
 use crate::error::{AtStep, LaunchError, Step};
-use crate::gate;
+use crate::gate::{self, ToSandbox};
 use crate::init::seccomp::Filters;
 use crate::init::{self, Birth, root};
 use crate::spec::{IDS_PER_JOB, Kind, SandboxId, SandboxSpec};
@@ -90,16 +90,17 @@ impl Launcher<'_> {
                 init::enter(birth, &self.proof, self.workload)
             }
             Cloned::Parent { pid, pidfd } => {
-                let ready = map_ids(pid, ids)
-                    .at(Step::MapIds)
+                let ready = self
+                    .watch(pidfd.as_fd(), Source::Exit(id))
+                    .at(Step::OpenGate)
+                    .and_then(|()| map_ids(pid, ids).at(Step::MapIds))
                     .and_then(|()| leaf.attach(pid).at(Step::AttachCgroup))
-                    .and_then(|()| self.watch(pidfd.as_fd(), Source::Exit(id)).at(Step::OpenGate))
                     .and_then(|()| self.watch(gate.0.as_fd(), Source::Gate(id)).at(Step::OpenGate))
                     .and_then(|()| match &oom {
                         Some(event) => self.watch(event.as_fd(), Source::Oom(id)).at(Step::WatchOom),
                         None => Ok(()),
                     })
-                    .and_then(|()| gate.open().at(Step::OpenGate));
+                    .and_then(|()| gate.tell(ToSandbox::Open).at(Step::OpenGate));
                 Ok(Newborn { spec, pid, pidfd, gate, oom, ready })
             }
         }
@@ -127,6 +128,8 @@ impl Launcher<'_> {
         self.set_alarm(id, Some(Instant::now() + READY_WITHIN));
         if let Err(error) = ready {
             self.fail(id, error);
+            // its death may go unannounced, if that is what could not be watched
+            self.set_alarm(id, Some(Instant::now() + REAP_AGAIN));
         }
     }
 }

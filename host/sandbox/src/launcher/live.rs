@@ -19,8 +19,8 @@ use nix::unistd::Pid;
 use super::Launcher;
 use super::verify;
 use crate::cgroup::Leaf;
-use crate::error::{LaunchError, Step};
-use crate::gate::{FromSandbox, LauncherGate};
+use crate::error::{AtStep, LaunchError, Step};
+use crate::gate::{FromSandbox, LauncherGate, ToSandbox};
 use crate::protocol::FromLauncher;
 use crate::spec::{SandboxId, SandboxSpec};
 use crate::sys::process::pidfd_send_signal;
@@ -39,6 +39,9 @@ const OOM_CHECK: Duration = Duration::from_millis(2);
 /// The longest a sandbox may take from its clone to being ready. A compiled module of the greatest allowed size is
 /// mapped in well under a second; this is for a machine that is swamped.
 pub(super) const READY_WITHIN: Duration = Duration::from_secs(10);
+
+/// How often the death of a sandbox is looked for that nothing may announce.
+pub(super) const REAP_AGAIN: Duration = Duration::from_millis(1);
 
 /// A sandbox that has been cloned and not been reaped.
 pub(super) struct Live {
@@ -108,7 +111,12 @@ impl Launcher<'_> {
     /// Reads the layers of a sandbox that says it is ready back from the kernel, and tells the server.
     fn admit(&mut self, id: SandboxId, pid: i32) {
         let Some(live) = self.live.get_mut(&id) else { return };
-        match verify::read_back(&self.place.own_namespaces, live, Pid::from_raw(pid)) {
+        let admitted = verify::read_back(&self.place, live, Pid::from_raw(pid)).and_then(|isolation| {
+            let gate = live.gate.as_ref().ok_or(Errno::EPIPE).at(Step::OpenGate)?;
+            gate.tell(ToSandbox::Admit).at(Step::OpenGate)?;
+            Ok(isolation)
+        });
+        match admitted {
             Ok(isolation) => {
                 live.stage = Stage::Waiting;
                 self.set_alarm(id, None);
@@ -168,12 +176,17 @@ impl Launcher<'_> {
                 return;
             }
             self.set_alarm(id, None);
-            match self.live.get(&id).map(|live| live.stage) {
-                Some(Stage::Entering) => {
+            let Some(live) = self.live.get(&id) else { continue };
+            match live.stage {
+                Stage::Entering if live.failure.is_some() => {
+                    self.bury(id);
+                    self.set_alarm(id, Some(now + REAP_AGAIN));
+                }
+                Stage::Entering => {
                     self.fail(id, LaunchError { step: Step::BecomeReady, errno: Errno::ETIMEDOUT as i32 });
                 }
-                Some(Stage::Running(_)) => self.keep_time(id, now),
-                Some(Stage::Waiting) | None => {}
+                Stage::Running(_) => self.keep_time(id, now),
+                Stage::Waiting => {}
             }
         }
     }

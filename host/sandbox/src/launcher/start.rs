@@ -51,6 +51,8 @@ const KEPT: [caps::Capability; 10] = {
 /// Facts about where the launcher lives, taken once.
 pub(super) struct Place {
     pub(super) own_namespaces: Namespaces,
+    /// System call filters that the launcher was itself started under; every sandbox inherits them.
+    pub(super) own_filters: u32,
     pub(super) host_millicores: u32,
     sweeper: Option<Sweeper>,
 }
@@ -162,7 +164,11 @@ fn lay_foundation(config: &LauncherConfig) -> Result<Foundation, Vec<String>> {
             null,
             host_millicores: u32::try_from(cores).unwrap_or(u32::MAX).saturating_mul(1000),
         }),
-        _ => Err(problems),
+        (_, _, tree, _) => {
+            // nobody else would remove what has just been made
+            tree.iter().for_each(|tree| tree.remains().sweep());
+            Err(problems)
+        }
     }
 }
 
@@ -174,7 +180,8 @@ fn settle<'w>(
     foundation: Foundation,
 ) -> Result<Launcher<'w>, (Outbox, String)> {
     let Foundation { uids, tree, null, host_millicores, .. } = foundation;
-    let prepared = (|| -> Result<(Namespaces, Epoll, Sweeper), String> {
+    let mut sweeper = None;
+    let prepared = (|| -> Result<(Namespaces, u32, Epoll), String> {
         let fail = |what: &'static str| move |error: nix::errno::Errno| format!("{what}: {}", error.desc());
         // a terminal's Ctrl-C is for the server, which then ends us in order
         setsid().map_err(fail("leave the terminal's session"))?;
@@ -182,20 +189,28 @@ fn settle<'w>(
         unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC)
             .map_err(fail("leave the host's network and IPC namespaces"))?;
         prctl::set_name(c"holm-launcher").map_err(fail("set the process name"))?;
-        let sweeper = sweeper::start(&proof, &tree.remains(), uids.claim_fd()).map_err(fail("fork the sweeper"))?;
+        let started = sweeper::start(&proof, &tree.remains(), uids.claim_fd());
+        sweeper = Some(started.map_err(fail("fork the sweeper"))?);
         raise_open_files();
         keep_few_capabilities().map_err(|error| format!("drop capabilities: {error}"))?;
         identity::become_non_dumpable().map_err(fail("become non-dumpable"))?;
-        let own = verify::namespaces_of(Pid::this()).map_err(|error| format!("read own namespaces: {error}"))?;
+        let namespaces = verify::namespaces_of(Pid::this()).map_err(|error| format!("read own namespaces: {error}"))?;
+        let filters = verify::filters_of(Pid::this()).map_err(|error| format!("read own filters: {error}"))?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(fail("make an epoll instance"))?;
-        Ok((own, epoll, sweeper))
+        Ok((namespaces, filters, epoll))
     })();
     match prepared {
-        Err(problem) => Err((outbox, problem)),
-        Ok((own_namespaces, epoll, sweeper)) => Ok(Launcher {
+        Err(problem) => {
+            tree.remains().sweep();
+            if let Some(sweeper) = sweeper {
+                sweeper.dismiss();
+            }
+            Err((outbox, problem))
+        }
+        Ok((own_namespaces, own_filters, epoll)) => Ok(Launcher {
             proof,
             workload,
-            place: Place { own_namespaces, host_millicores, sweeper: Some(sweeper) },
+            place: Place { own_namespaces, own_filters, host_millicores, sweeper },
             outbox,
             epoll,
             tree,

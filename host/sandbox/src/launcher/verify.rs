@@ -10,26 +10,28 @@ use nix::errno::Errno;
 use nix::unistd::Pid;
 
 use super::live::Live;
+use super::start::Place;
 use crate::cgroup::membership;
 use crate::error::{AtStep, LaunchError, Step};
+use crate::init::root;
 use crate::init::seccomp::FILTERS;
 use crate::spec::{IDS_PER_JOB, JOB_ID, Kind};
 use crate::usage::{Isolation, Namespaces};
 
 /// The layers of a sandbox whose process `pid` says that it is ready.
-pub(super) fn read_back(host: &Namespaces, live: &Live, pid: Pid) -> Result<Isolation, LaunchError> {
+pub(super) fn read_back(place: &Place, live: &Live, pid: Pid) -> Result<Isolation, LaunchError> {
     let namespaces = namespaces_of(pid).at(Step::VerifyNamespaces)?;
     let init_namespaces = namespaces_of(live.pid).at(Step::VerifyNamespaces)?;
-    let fresh = namespaces.named().iter().zip(host.named()).all(|(own, host)| own.1 != host.1);
+    let fresh = namespaces.named().iter().zip(place.own_namespaces.named()).all(|(own, host)| own.1 != host.1);
     // the pid came from the sandbox: only that it lives in the child's own namespaces makes it the sandbox's
     require(fresh && namespaces == init_namespaces, Step::VerifyNamespaces)?;
 
     let status = Status::of(pid).at(Step::VerifyPrivilege)?;
-    require(status.confined(FILTERS), Step::VerifyPrivilege)?;
+    let filters = place.own_filters + FILTERS;
+    require(status.confined(filters), Step::VerifyPrivilege)?;
     if live.spec.kind == Kind::Native {
-        // the init installs its own last filter at the same time, so one may be there or two
         let init = Status::of(live.pid).at(Step::VerifyPrivilege)?;
-        require(init.confined(1), Step::VerifyPrivilege)?;
+        require(init.confined(filters), Step::VerifyPrivilege)?;
     } else {
         require(pid == live.pid, Step::VerifyNamespaces)?;
     }
@@ -37,8 +39,13 @@ pub(super) fn read_back(host: &Namespaces, live: &Live, pid: Pid) -> Result<Isol
     let host_id = live.ids.first + JOB_ID;
     require(status.only_id("Uid", host_id) && status.only_id("Gid", host_id), Step::VerifyIds)?;
     require(status.field("Groups").is_empty(), Step::VerifyIds)?;
+    // as seen from within, where pid 1 leads it
+    require(status.field("NSsid").split_whitespace().last() == Some("1"), Step::VerifyIds)?;
     let uid_map = read(pid, "uid_map").at(Step::VerifyIds)?.split_whitespace().collect::<Vec<_>>().join(" ");
     require(uid_map == format!("0 {} {IDS_PER_JOB}", live.ids.first), Step::VerifyIds)?;
+
+    let mounts = read(pid, "mountinfo").at(Step::VerifyMounts)?;
+    require(root::is_whole(live.spec.kind, &mounts), Step::VerifyMounts)?;
 
     let cgroups = membership(&read(pid, "cgroup").at(Step::VerifyCgroup)?);
     require(live.leaf.holds(&cgroups), Step::VerifyCgroup)?;
@@ -79,6 +86,11 @@ pub(super) fn namespaces_of(pid: Pid) -> std::io::Result<Namespaces> {
     })
 }
 
+/// The number of system call filters on a process.
+pub(super) fn filters_of(pid: Pid) -> std::io::Result<u32> {
+    Status::of(pid)?.filters().ok_or_else(|| Errno::EPROTO.into())
+}
+
 fn read(pid: Pid, file: &str) -> std::io::Result<String> {
     fs::read_to_string(format!("/proc/{pid}/{file}"))
 }
@@ -109,11 +121,15 @@ impl Status {
         ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"].iter().fold(0, |all, set| all | self.number(set, 16))
     }
 
-    /// No capability, `no_new_privs`, and seccomp in filter mode with at least `filters` filters.
+    /// Shown since Linux 5.9.
+    fn filters(&self) -> Option<u32> {
+        self.field("Seccomp_filters").parse().ok()
+    }
+
+    /// No capability, `no_new_privs`, and seccomp in filter mode with this many filters.
     fn confined(&self, filters: u32) -> bool {
-        // the number of filters is shown since Linux 5.9
-        let enough = self.field("Seccomp_filters").parse().is_ok_and(|n: u32| n >= filters);
-        self.capabilities() == 0 && self.number("NoNewPrivs", 10) == 1 && self.number("Seccomp", 10) == 2 && enough
+        let filtered = self.number("Seccomp", 10) == 2 && self.filters() == Some(filters);
+        self.capabilities() == 0 && self.number("NoNewPrivs", 10) == 1 && filtered
     }
 
     /// Real, effective, saved and file-system id are all `id`.

@@ -1,11 +1,14 @@
 //! Processes: `clone3` from a single-threaded process, pidfd signals, and closing what must not be inherited.
 
 use std::fs;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use nix::dir::Dir;
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::sched::CloneFlags;
 use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
 use nix::unistd::{ForkResult, Pid};
 
 use super::check;
@@ -108,13 +111,28 @@ pub(crate) fn close_all_except(_proof: &SingleThreaded, keep: &[BorrowedFd<'_>])
     let mut keep: Vec<libc::c_uint> = keep.iter().map(|fd| fd.as_raw_fd().cast_unsigned()).collect();
     keep.sort_unstable();
     let mut first: libc::c_uint = 0;
-    for fd in keep {
-        if fd > first {
+    for fd in &keep {
+        if *fd > first {
             close_range(first, fd - 1)?;
         }
         first = fd + 1;
     }
-    close_range(first, libc::c_uint::MAX)
+    close_range(first, libc::c_uint::MAX)?;
+    nothing_open_except(&keep)
+}
+
+/// Reads back from the kernel that no other descriptor is open, else `EPROTO`.
+fn nothing_open_except(keep: &[libc::c_uint]) -> nix::Result<()> {
+    let mut open = Dir::open("/proc/self/fd", OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    let own = open.as_fd().as_raw_fd().cast_unsigned();
+    for entry in open.iter() {
+        // `.` and `..` are no numbers
+        let fd = entry?.file_name().to_str().ok().and_then(|name| name.parse().ok());
+        if fd.is_some_and(|fd| fd != own && !keep.contains(&fd)) {
+            return Err(Errno::EPROTO);
+        }
+    }
+    Ok(())
 }
 
 fn close_range(first: libc::c_uint, last: libc::c_uint) -> nix::Result<()> {
@@ -149,7 +167,8 @@ pub(crate) fn errno_of(error: &std::io::Error) -> Errno {
 pub(crate) fn join_new_session_keyring() -> nix::Result<()> {
     // SAFETY: a null name asks for an anonymous keyring; no memory is read.
     let ret = unsafe { libc::syscall(libc::SYS_keyctl, libc::KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<u8>()) };
-    check(ret).map(drop)
+    // the number of the keyring, which is never 0
+    if check(ret)? > 0 { Ok(()) } else { Err(Errno::EPROTO) }
 }
 
 /// Sets every signal to its default action and unblocks all: what a program expects to start with.
@@ -169,6 +188,47 @@ pub(crate) fn reset_signals() -> nix::Result<()> {
         })?;
     }
     nix::sys::signal::SigSet::empty().thread_set_mask()
+}
+
+/// What the kernel lets this thread do about speculative store bypass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StoreBypass {
+    /// It is on, or may be switched on again.
+    OfThisThread,
+    /// It is off for good.
+    Disabled,
+    /// The CPU has none, or the machine's own setting stands.
+    OutOfReach,
+}
+
+// the C library's prctl reads words, and the kernel wants the unused ones to be zero
+const STORE_BYPASS: libc::c_ulong = libc::PR_SPEC_STORE_BYPASS as libc::c_ulong;
+const ZERO: libc::c_ulong = 0;
+
+/// Asks for it (`PR_GET_SPECULATION_CTRL`).
+pub(crate) fn store_bypass() -> nix::Result<StoreBypass> {
+    // SAFETY: the call reads no memory.
+    let ret = unsafe { libc::prctl(libc::PR_GET_SPECULATION_CTRL, STORE_BYPASS, ZERO, ZERO, ZERO) };
+    let state = match check(ret.into()) {
+        Ok(state) => libc::c_uint::try_from(state).map_err(|_| Errno::EPROTO)?,
+        Err(Errno::EINVAL | Errno::ENODEV) => return Ok(StoreBypass::OutOfReach), // an old kernel, another CPU
+        Err(errno) => return Err(errno),
+    };
+    Ok(if state & libc::PR_SPEC_PRCTL == 0 {
+        StoreBypass::OutOfReach
+    } else if state & libc::PR_SPEC_FORCE_DISABLE != 0 {
+        StoreBypass::Disabled
+    } else {
+        StoreBypass::OfThisThread
+    })
+}
+
+/// Switches it off, which nothing can undo (`PR_SET_SPECULATION_CTRL`).
+pub(crate) fn disable_store_bypass() -> nix::Result<()> {
+    let off = libc::c_ulong::from(libc::PR_SPEC_FORCE_DISABLE);
+    // SAFETY: the call reads no memory.
+    let ret = unsafe { libc::prctl(libc::PR_SET_SPECULATION_CTRL, STORE_BYPASS, off, ZERO, ZERO) };
+    check(ret.into()).map(drop)
 }
 
 /// The version of Landlock that the kernel has. `ENOSYS` or `EOPNOTSUPP` without Landlock.

@@ -1,11 +1,12 @@
-//! The server's side of the launcher's socket, blocking.
+//! The server's side of the launcher's socket, blocking, with a bound on every wait.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{PipeReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::process::Child;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use holm_sandbox::LaunchError;
 use holm_sandbox::launcher::spawn;
 use holm_sandbox::limits::{Ceiling, Limits};
 use holm_sandbox::protocol::{FromLauncher, LauncherConfig, ToLauncher, VERSION};
@@ -13,25 +14,48 @@ use holm_sandbox::spec::{Kind, SandboxId, SandboxSpec};
 use holm_sandbox::usage::{Isolation, SandboxReport};
 use holm_sandbox::wire::Packets;
 use holm_sandbox::workload::JobMessage;
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
+use tempfile::TempDir;
 
 use crate::LAUNCHER;
+use crate::faults::{self, Fault, Supervisor};
+use crate::left::{Held, Instance};
 
-const NO_FDS: &[OwnedFd] = &[];
+/// The longest that a launcher may be silent: longer than a sandbox may take to become ready.
+const PATIENCE_SECONDS: i64 = 15;
 
-pub struct Client {
-    pub socket: Packets,
-    pub child: Child,
+/// The launcher's promise for its own end.
+const END_WITHIN: Duration = Duration::from_secs(2);
+
+pub(crate) const NO_FDS: &[OwnedFd] = &[];
+
+/// A launcher and the server's end of its socket.
+pub(crate) struct Client {
+    /// `None` once closed.
+    pub(crate) socket: Option<Packets>,
+    pub(crate) child: Child,
+    pub(crate) instance: Instance,
     next: u64,
-    pub lock_dir: tempfile::TempDir,
+    supervisor: Option<Supervisor>,
+    /// Where instances agree about uids: one for each test.
+    lock_dir: TempDir,
 }
 
-pub struct Run {
-    pub isolation: Isolation,
-    pub stdout: String,
-    pub report: SandboxReport,
+/// A sandbox that has been asked for.
+pub(crate) struct Launched {
+    pub(crate) id: SandboxId,
+    pub(crate) channel: Packets,
 }
 
-pub fn limits() -> Limits {
+/// A job that went as it should.
+pub(crate) struct Run {
+    pub(crate) isolation: Isolation,
+    pub(crate) stdout: String,
+    pub(crate) report: SandboxReport,
+}
+
+pub(crate) fn limits() -> Limits {
     Limits {
         memory_bytes: 64 << 20,
         cpu_millicores: 1000,
@@ -46,9 +70,9 @@ pub fn limits() -> Limits {
     }
 }
 
-pub fn spec(tenant: &str, kind: Kind) -> SandboxSpec {
+pub(crate) fn spec(kind: Kind) -> SandboxSpec {
     SandboxSpec {
-        tenant: tenant.parse().unwrap(),
+        tenant: "acme".parse().unwrap(),
         ceiling: Ceiling::default(),
         kind,
         program: "action".parse().unwrap(),
@@ -57,60 +81,269 @@ pub fn spec(tenant: &str, kind: Kind) -> SandboxSpec {
 }
 
 impl Client {
-    pub fn start() -> Self {
-        let lock_dir = tempfile::tempdir().unwrap();
-        let (socket, child) = spawn(LAUNCHER).unwrap();
-        let instance = format!("test-{}", child.id()).parse().unwrap();
-        let config = LauncherConfig { version: VERSION, instance, lock_dir: lock_dir.path().to_owned() };
-        socket.send(&ToLauncher::Configure(config), NO_FDS).unwrap();
-        let client = Self { socket, child, next: 1, lock_dir };
-        match client.recv() {
-            FromLauncher::Up { .. } => client,
-            other => panic!("{other:?}"),
-        }
+    pub(crate) fn start() -> Self {
+        Self::start_under(&[])
     }
 
-    pub fn recv(&self) -> FromLauncher {
-        self.socket.recv(|_| 0).unwrap().value
+    /// Starts a launcher whose calls `faults` can be armed for later.
+    pub(crate) fn start_under(faults: &[Fault]) -> Self {
+        let client = Self::spawn(faults, tempfile::tempdir().unwrap(), None);
+        client.configure(VERSION).unwrap();
+        client
     }
 
-    pub fn launch(&mut self, spec: SandboxSpec) -> (SandboxId, Packets) {
-        let id = SandboxId(self.next);
-        self.next += 1;
-        let (ours, theirs) = Packets::pair().unwrap();
-        let artifact = File::open("/proc/self/exe").unwrap();
-        self.socket.send(&ToLauncher::Launch { id, spec }, &[OwnedFd::from(theirs), artifact.into()]).unwrap();
-        (id, ours)
+    /// Starts a launcher, with `faults` in force at once, and gives what it says is missing.
+    pub(crate) fn start_in_vain(faults: &[Fault]) -> Vec<String> {
+        let client = Self::spawn(faults, tempfile::tempdir().unwrap(), None);
+        client.arm(faults);
+        let problems = client.configure(VERSION).unwrap_err();
+        client.disarm();
+        client.must_have_refused();
+        problems
     }
 
-    pub fn run(&mut self, spec: SandboxSpec, action: &str) -> Run {
-        let (id, channel) = self.launch(spec);
-        let isolation = match self.recv() {
-            FromLauncher::Ready { isolation, .. } => *isolation,
-            other => panic!("{other:?}"),
-        };
-        let (stdin, to_stdin) = std::io::pipe().unwrap();
-        let (mut from_stdout, stdout) = std::io::pipe().unwrap();
-        let stderr = stdout.try_clone().unwrap();
-        let fds: [OwnedFd; 3] = [stdin.into(), stdout.into(), stderr.into()];
-        channel.send(&JobMessage { payload: action.as_bytes().to_vec() }, &fds).unwrap();
-        drop((fds, to_stdin));
-        assert_eq!(self.recv(), FromLauncher::Started(id));
-        let mut output = String::new();
-        from_stdout.read_to_string(&mut output).unwrap();
+    /// Speaks another version of the protocol.
+    pub(crate) fn start_with_version(version: u32) -> Result<(), Vec<String>> {
+        let client = Self::spawn(&[], tempfile::tempdir().unwrap(), None);
+        let up = client.configure(version);
+        client.must_have_refused();
+        up
+    }
+
+    fn must_have_refused(mut self) {
+        let code = self.wait_for_end().code();
+        assert_eq!(code, Some(71), "EX_OSERR");
+        self.instance.assert_gone(self.lock_dir.path());
+    }
+
+    /// A new launcher of the same instance; the last one must be dead.
+    pub(crate) fn start_again(mut self) -> Self {
+        let lock_dir = std::mem::replace(&mut self.lock_dir, tempfile::tempdir().unwrap());
+        let mut client = Self::spawn(&[], lock_dir, Some(self.instance.clone()));
+        client.next = self.next;
+        client.configure(VERSION).unwrap();
+        client
+    }
+
+    fn spawn(faults: &[Fault], lock_dir: TempDir, instance: Option<Instance>) -> Self {
+        let calls = faults::calls(faults);
+        let (socket, child) =
+            spawn(&format!("{LAUNCHER} {}", calls.iter().map(|c| format!("{c},")).collect::<String>()))
+                .expect("start a launcher");
+        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(PATIENCE_SECONDS)).unwrap();
+        setsockopt(&socket, sockopt::SendTimeout, &TimeVal::seconds(PATIENCE_SECONDS)).unwrap();
+        let supervisor = (!calls.is_empty()).then(|| {
+            let [listener] = <[OwnedFd; 1]>::try_from(socket.recv::<u8>(|_| 1).unwrap().fds).unwrap();
+            Supervisor::start(listener, child.id())
+        });
+        let instance = instance.unwrap_or_else(|| Instance::new(&format!("test-{}", child.id())));
+        Self { socket: Some(socket), child, instance, next: 1, supervisor, lock_dir }
+    }
+
+    fn configure(&self, version: u32) -> Result<(), Vec<String>> {
+        let instance = self.instance.name.parse().unwrap();
+        let config = LauncherConfig { version, instance, lock_dir: self.lock_dir.path().to_owned() };
+        self.send(&ToLauncher::Configure(config));
         match self.recv() {
-            FromLauncher::Ended { report, .. } => Run { isolation, stdout: output, report },
+            FromLauncher::Up { .. } => Ok(()),
+            FromLauncher::Unable(problems) => Err(problems),
             other => panic!("{other:?}"),
         }
+    }
+
+    pub(crate) fn arm(&self, faults: &[Fault]) {
+        if let Some(supervisor) = &self.supervisor {
+            supervisor.arm(faults);
+        }
+    }
+
+    /// How often armed faults have struck.
+    pub(crate) fn struck(&self) -> u32 {
+        self.supervisor.as_ref().map_or(0, Supervisor::hits)
+    }
+
+    /// Each fault must have struck: a test whose fault meets nothing shows nothing.
+    pub(crate) fn disarm(&self) {
+        let hits = self.supervisor.as_ref().map(Supervisor::disarm).unwrap_or_default();
+        assert!(hits.iter().all(|hits| *hits > 0), "the faults struck {hits:?} times");
+    }
+
+    pub(crate) fn socket(&self) -> &Packets {
+        self.socket.as_ref().unwrap()
+    }
+
+    pub(crate) fn send(&self, message: &ToLauncher) {
+        self.socket().send(message, NO_FDS).unwrap();
+    }
+
+    pub(crate) fn recv(&self) -> FromLauncher {
+        self.socket().recv(|_| 0).unwrap().value
+    }
+
+    pub(crate) fn new_id(&mut self) -> SandboxId {
+        self.next += 1;
+        SandboxId(self.next - 1)
+    }
+
+    pub(crate) fn launch(&mut self, spec: SandboxSpec) -> Launched {
+        let id = self.new_id();
+        self.launch_as(id, spec)
+    }
+
+    pub(crate) fn launch_as(&self, id: SandboxId, spec: SandboxSpec) -> Launched {
+        let (channel, theirs) = Packets::pair().unwrap();
+        self.socket().send(&ToLauncher::Launch { id, spec }, &[theirs.into(), artifact()]).unwrap();
+        Launched { id, channel }
+    }
+
+    /// Launches and waits until it is ready.
+    pub(crate) fn park(&mut self, spec: SandboxSpec) -> (Launched, Isolation) {
+        let launched = self.launch(spec);
+        let isolation = self.ready(launched.id);
+        (launched, isolation)
+    }
+
+    pub(crate) fn ready(&self, sandbox: SandboxId) -> Isolation {
+        match self.recv() {
+            FromLauncher::Ready { id, isolation } if id == sandbox => *isolation,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub(crate) fn refused(&self, sandbox: SandboxId) -> LaunchError {
+        match self.recv() {
+            FromLauncher::Refused { id, error } if id == sandbox => error,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub(crate) fn ended(&self, sandbox: SandboxId) -> SandboxReport {
+        match self.recv() {
+            FromLauncher::Ended { id, report } if id == sandbox => report,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Lets a ready sandbox do `action`.
+    pub(crate) fn finish(&self, launched: &Launched, isolation: Isolation, action: &str) -> Run {
+        let output = give(&launched.channel, action);
+        assert_eq!(self.recv(), FromLauncher::Started(launched.id));
+        let stdout = read(output);
+        Run { isolation, stdout, report: self.ended(launched.id) }
+    }
+
+    pub(crate) fn run(&mut self, spec: SandboxSpec, action: &str) -> Run {
+        let (launched, isolation) = self.park(spec);
+        self.finish(&launched, isolation, action)
+    }
+
+    /// What the launcher holds once the sandboxes that have ended are cleared away.
+    pub(crate) fn held(&self) -> Held {
+        wait_until("the cgroups of ended sandboxes are removed", || self.instance.sandboxes().is_empty());
+        // the last descriptors are closed right after
+        let (mut last, mut held) = (None, Held::by(self.child.id()));
+        while last.as_ref() != Some(&held) {
+            std::thread::sleep(Duration::from_millis(2));
+            last = Some(std::mem::replace(&mut held, Held::by(self.child.id())));
+        }
+        held
+    }
+
+    /// The launcher holds what it did before.
+    pub(crate) fn must_hold(&self, before: &Held) {
+        let mut held = self.held();
+        let begun = Instant::now();
+        while held != *before && begun.elapsed() < Duration::from_secs(2) {
+            held = self.held();
+        }
+        assert_eq!(held, *before);
+    }
+
+    /// Takes the server away: the launcher must end in order and leave nothing.
+    pub(crate) fn end(mut self) {
+        self.socket = None;
+        self.must_end();
+    }
+
+    /// The launcher must be ending, in order, and leave nothing.
+    pub(crate) fn must_end(mut self) {
+        let status = self.wait_for_end();
+        assert!(status.success(), "{status}");
+        self.instance.assert_gone(self.lock_dir.path());
+    }
+
+    fn wait_for_end(&mut self) -> std::process::ExitStatus {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(begun.elapsed() < END_WITHIN, "the launcher has not ended within {END_WITHIN:?}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Waits until the dead launcher's sweeper has left nothing.
+    pub(crate) fn must_be_swept(mut self) {
+        self.child.wait().unwrap();
+        wait_until("the sweeper is done", || self.instance.is_gone(self.lock_dir.path()));
     }
 }
 
 impl Drop for Client {
     fn drop(&mut self) {
-        let _ = std::io::stderr().flush();
-        let (closed, _) = Packets::pair().unwrap();
-        self.socket = closed;
-        let status = self.child.wait().unwrap();
-        assert!(status.success(), "{status}");
+        self.socket = None;
+        self.disarm_quietly();
+        let _ = self.child.wait();
+    }
+}
+
+impl Client {
+    fn disarm_quietly(&self) {
+        if let Some(supervisor) = &self.supervisor {
+            supervisor.disarm();
+        }
+    }
+}
+
+/// Sends a job; gives the end of its output.
+pub(crate) fn give(channel: &Packets, action: &str) -> PipeReader {
+    let (output, sent) = send_job(channel, action);
+    sent.unwrap();
+    output
+}
+
+/// As [`give`], to a sandbox that may be gone.
+pub(crate) fn offer(channel: &Packets, action: &str) -> PipeReader {
+    send_job(channel, action).0
+}
+
+fn send_job(channel: &Packets, action: &str) -> (PipeReader, std::io::Result<()>) {
+    let (stdin, _) = std::io::pipe().unwrap();
+    let (output, stdout) = std::io::pipe().unwrap();
+    let stderr = stdout.try_clone().unwrap();
+    let fds: [OwnedFd; 3] = [stdin.into(), stdout.into(), stderr.into()];
+    let sent = channel.send(&JobMessage { payload: action.as_bytes().to_vec() }, &fds);
+    (output, sent)
+}
+
+pub(crate) fn read(mut output: PipeReader) -> String {
+    let mut text = String::new();
+    output.read_to_string(&mut text).unwrap();
+    text
+}
+
+/// What the server hands over as what a job runs: a small regular file.
+pub(crate) fn artifact() -> OwnedFd {
+    let mut file: File = tempfile::tempfile().unwrap();
+    file.write_all(b"an artifact").unwrap();
+    file.into()
+}
+
+pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !done() {
+        assert!(begun.elapsed() < Duration::from_secs(5), "never: {what}");
+        std::thread::sleep(Duration::from_millis(1));
     }
 }

@@ -1,35 +1,59 @@
 //! The launcher and its sandboxes, driven as the server drives them, without HTTP and without a runtime.
 //!
-//! The test binary is its own launcher: started under the name [`LAUNCHER`] it serves; otherwise it runs the tests.
+//! The test binary is its own launcher: started under the name [`LAUNCHER`] it serves; otherwise it runs the tests. So it
+//! has a `main` of its own: a launcher must be one before there is a second thread.
+
+#![allow(clippy::unwrap_used)] // a test that cannot go on should say where
 
 mod client;
+mod death;
+mod faults;
+mod hostile;
 mod inside;
+mod left;
+mod lies;
+mod steps;
+mod stuck;
 
-use std::time::Duration;
+use libtest_mimic::{Arguments, Trial};
+use nix::unistd::{Gid, setgroups};
 
-use holm_sandbox::spec::Kind;
-use holm_sandbox::usage::Exit;
-
-use crate::client::{Client, spec};
-
+/// What a launcher is called; the numbers of the system calls that a test wants to be asked about follow.
 const LAUNCHER: &str = "holm-test-launcher";
 
+/// A supplementary group of the launcher, which no sandbox may have.
+const LAUNCHER_GROUP: u32 = 4242;
+
 fn main() {
-    if std::env::args().next().as_deref() == Some(LAUNCHER) {
-        std::process::exit(holm_sandbox::launcher::launcher_main(&inside::Actions));
+    let name = std::env::args().next().unwrap_or_default();
+    if let Some(calls) = name.strip_prefix(LAUNCHER) {
+        std::process::exit(launcher(calls));
     }
-    let mut client = Client::start();
-    for kind in Kind::ALL {
-        let run = client.run(spec("acme", kind), "report");
-        eprintln!("{kind:?}: {:#?} {}", run.isolation, run.stdout);
-        eprintln!("{:?}", run.report);
-        assert_eq!(run.report.exit, Exit::Exited(0));
+    let mut trials = Vec::new();
+    trials.extend(steps::trials());
+    trials.extend(lies::trials());
+    trials.extend(hostile::trials());
+    trials.extend(death::trials());
+    // the longest begin first
+    trials.splice(0..0, stuck::trials());
+    let names: Vec<String> = trials.iter().map(|trial| trial.name().to_owned()).collect();
+    trials.push(trial("every_step_fails_in_some_test", move || steps::every_step_fails_in_some_test(&names)));
+    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+}
+
+fn launcher(calls: &str) -> i32 {
+    setgroups(&[Gid::from_raw(LAUNCHER_GROUP)]).unwrap();
+    let calls: Vec<u32> = calls.trim().split_terminator(',').map(|call| call.parse().unwrap()).collect();
+    if !calls.is_empty() {
+        faults::listen(&calls);
     }
-    let mut worst = Duration::ZERO;
-    for _ in 0..20 {
-        let t = std::time::Instant::now();
-        let r = client.run(spec("acme", Kind::Wasm), "nothing");
-        worst = worst.max(t.elapsed());
-        eprintln!("{:?} {:?}", t.elapsed(), r.report.usage);
-    }
+    holm_sandbox::launcher::launcher_main(&inside::Actions)
+}
+
+/// A test: `name` is its property, `test` panics where that does not hold.
+fn trial(name: &str, test: impl FnOnce() + Send + 'static) -> Trial {
+    Trial::test(name, move || {
+        test();
+        Ok(())
+    })
 }

@@ -1,0 +1,91 @@
+//! What a launcher holds, and what an instance leaves on the host.
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use holm_sandbox::cgroup::hierarchy::Layout;
+use nix::fcntl::{FcntlArg, fcntl};
+
+/// An instance, and its cgroups in every hierarchy.
+#[derive(Clone, Debug)]
+pub(crate) struct Instance {
+    pub(crate) name: String,
+    pub(crate) cgroups: Vec<PathBuf>,
+}
+
+/// What of a launcher must be the same before and after a sandbox.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Held {
+    descriptors: Vec<String>,
+    mounts: String,
+    children: String,
+}
+
+impl Instance {
+    pub(crate) fn new(name: &str) -> Self {
+        let text = |file: &str| fs::read_to_string(format!("/proc/self/{file}")).unwrap();
+        let layout = Layout::discover(&text("mountinfo"), &text("cgroup")).unwrap();
+        let hierarchies = layout.v1.into_iter().chain(layout.v2);
+        let cgroups = hierarchies.map(|hierarchy| hierarchy.own_dir.join(format!("holm-{name}"))).collect();
+        Self { name: name.to_owned(), cgroups }
+    }
+
+    /// The cgroups of its sandboxes.
+    pub(crate) fn sandboxes(&self) -> Vec<PathBuf> {
+        let tenants = self.cgroups.iter().flat_map(|cgroup| directories(cgroup));
+        tenants.flat_map(|tenant| directories(&tenant)).collect()
+    }
+
+    /// The processes in its sandboxes.
+    pub(crate) fn processes(&self) -> Vec<i32> {
+        let procs = |cgroup: &PathBuf| fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+        let mut pids: Vec<i32> = Vec::new();
+        for cgroup in self.sandboxes() {
+            pids.extend(procs(&cgroup).lines().map(|line| line.parse::<i32>().unwrap()));
+        }
+        pids.sort_unstable();
+        pids.dedup();
+        pids
+    }
+
+    /// Neither a cgroup nor a claim on uids is left.
+    pub(crate) fn is_gone(&self, lock_dir: &Path) -> bool {
+        self.cgroups.iter().all(|cgroup| !cgroup.exists()) && nothing_locked(lock_dir)
+    }
+
+    pub(crate) fn assert_gone(&self, lock_dir: &Path) {
+        let left: Vec<&PathBuf> = self.cgroups.iter().filter(|cgroup| cgroup.exists()).collect();
+        assert!(left.is_empty(), "cgroups are left: {left:?}");
+        assert!(nothing_locked(lock_dir), "uids are still claimed");
+    }
+}
+
+impl Held {
+    pub(crate) fn by(pid: u32) -> Self {
+        let text = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
+        let targets = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+        let mut descriptors: Vec<String> =
+            targets.map(|fd| fs::read_link(fd.unwrap().path()).unwrap().to_string_lossy().into_owned()).collect();
+        descriptors.sort_unstable();
+        Self { descriptors, mounts: text("mountinfo"), children: text(&format!("task/{pid}/children")) }
+    }
+}
+
+fn directories(path: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(path) else { return Vec::new() };
+    let directory = |entry: std::io::Result<fs::DirEntry>| {
+        let entry = entry.ok()?;
+        entry.file_type().ok()?.is_dir().then(|| entry.path())
+    };
+    entries.filter_map(directory).collect()
+}
+
+/// A lock on the whole file can be had, so that nobody holds one on a byte of it.
+#[allow(clippy::cast_possible_truncation)] // the C struct has these small constants as shorts
+fn nothing_locked(lock_dir: &Path) -> bool {
+    let Ok(file) = fs::OpenOptions::new().write(true).open(lock_dir.join("uid-blocks")) else { return true };
+    let (l_type, l_whence) = (libc::F_WRLCK as libc::c_short, libc::SEEK_SET as libc::c_short);
+    let lock = libc::flock { l_type, l_whence, l_start: 0, l_len: 0, l_pid: 0 };
+    fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock)).is_ok()
+}
