@@ -77,7 +77,7 @@ impl Bench {
         let FromLauncher::Ready { .. } = self.recv() else { panic!("the sandbox did not become ready") };
         let null = || File::options().read(true).write(true).open("/dev/null").unwrap();
         let output = output.map_or_else(null, |file| file.try_clone().unwrap());
-        let invocation = Invocation { args: vec!["bench".into()], env: Vec::new(), fuel: 1 << 40 };
+        let invocation = Invocation { args: vec!["bench".into()], fuel: 1 << 40, ..Invocation::default() };
         let message = JobMessage { payload: postcard::to_stdvec(&invocation).unwrap() };
         channel.send(&message, &[null(), output, null()]).unwrap();
         assert_eq!(self.recv(), FromLauncher::Started(id));

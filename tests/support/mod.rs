@@ -4,9 +4,12 @@
 
 #![allow(dead_code, unreachable_pub)] // each test file uses its own part of it
 #![allow(clippy::unwrap_used)] // a test that cannot go on should say where
+#![allow(clippy::cast_possible_truncation, clippy::wrong_self_convention)] // numbers and names of tests alone
 
+pub mod component;
 pub mod elf;
 pub mod family;
+pub mod function;
 pub mod inspect;
 pub mod raw;
 pub mod wat;

@@ -38,6 +38,11 @@ impl Raw {
         self.send(head(line, headers).as_bytes());
     }
 
+    /// The same connection once more, to send from another thread.
+    pub fn twin(&self) -> Self {
+        Self { stream: self.stream.try_clone().unwrap(), rest: Vec::new() }
+    }
+
     /// Sends bytes that the server must take.
     pub fn send(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).unwrap();
@@ -63,6 +68,13 @@ impl Raw {
 
     /// Reads one answer; `None` if the connection ends without one.
     pub fn answer(&mut self) -> Option<Answer> {
+        let mut answer = self.head_of_answer()?;
+        answer.body = self.body(answer.status, &answer.headers);
+        Some(answer)
+    }
+
+    /// Reads one answer without its body.
+    pub fn head_of_answer(&mut self) -> Option<Answer> {
         let end = loop {
             if let Some(end) = find(&self.rest, b"\r\n\r\n") {
                 break end + 4;
@@ -74,8 +86,39 @@ impl Raw {
         };
         let head: Vec<u8> = self.rest.drain(..end).collect();
         let (status, headers) = parse_head(std::str::from_utf8(&head).unwrap());
-        let body = self.body(status, &headers);
-        Some(Answer { status, headers, body })
+        Some(Answer { status, headers, body: Vec::new() })
+    }
+
+    /// Reads the next chunk of a chunked body: the empty one at its end, `None` if the connection ends before that.
+    pub fn piece(&mut self) -> Option<Vec<u8>> {
+        let (size, start) = loop {
+            if let Some(end) = find(&self.rest, b"\r\n") {
+                let size = std::str::from_utf8(&self.rest[..end]).unwrap();
+                break (usize::from_str_radix(size, 16).unwrap(), end + 2);
+            }
+            if !self.read_more() {
+                return None;
+            }
+        };
+        while self.rest.len() < start + size + 2 {
+            if !self.read_more() {
+                return None;
+            }
+        }
+        let chunk: Vec<u8> = self.rest.drain(..start + size + 2).skip(start).collect();
+        Some(chunk.strip_suffix(b"\r\n").expect("a chunk ends its line").to_vec())
+    }
+
+    /// Reads a chunked body. Tells whether it came to its end, and what came of it.
+    pub fn pieces(&mut self) -> (bool, Vec<u8>) {
+        let mut body = Vec::new();
+        while let Some(chunk) = self.piece() {
+            if chunk.is_empty() {
+                return (true, body);
+            }
+            body.extend(chunk);
+        }
+        (false, body)
     }
 
     /// The answer, which must come.
@@ -98,25 +141,9 @@ impl Raw {
     }
 
     fn chunked_body(&mut self) -> Vec<u8> {
-        let mut body = Vec::new();
-        loop {
-            let size = self.line();
-            let chunk = self.take(usize::from_str_radix(size.trim(), 16).unwrap());
-            assert_eq!(self.line(), "\r\n");
-            if chunk.is_empty() {
-                return body;
-            }
-            body.extend(chunk);
-        }
-    }
-
-    fn line(&mut self) -> String {
-        loop {
-            if let Some(end) = find(&self.rest, b"\r\n") {
-                return String::from_utf8(self.rest.drain(..end + 2).collect()).unwrap();
-            }
-            assert!(self.read_more(), "the answer breaks off");
-        }
+        let (whole, body) = self.pieces();
+        assert!(whole, "the answer breaks off after {} bytes", body.len());
+        body
     }
 
     fn take(&mut self, length: usize) -> Vec<u8> {
@@ -142,6 +169,13 @@ impl Raw {
             Ok(n) => n == 0,
             Err(error) => error.kind() != ErrorKind::WouldBlock,
         }
+    }
+
+    /// Reads until the connection ends. Tells whether it was torn down and not closed.
+    pub fn is_reset(&mut self) -> bool {
+        let mut rest = Vec::new();
+        let end = self.stream.read_to_end(&mut rest);
+        end.is_err_and(|error| error.kind() == ErrorKind::ConnectionReset)
     }
 
     /// This end of the connection.

@@ -263,12 +263,16 @@ async fn watched(collector: Collector, stream: pipe::Receiver, stop: &impl Fn(St
     collected
 }
 
-/// Copies the input to the job as it arrives, until the job is to end.
+/// Copies the input to the job as it arrives. Does not return once the job is to end: its input must not come to an end
+/// before that, or it would take what it has for everything.
 async fn feed(mut input: Input, mut stdin: pipe::Sender, meter: &Meter) {
     while let Some(chunk) = input.next().await {
-        let Ok(chunk) = chunk else { return meter.input_broken() };
+        let Ok(chunk) = chunk else {
+            meter.input_broken();
+            return pending().await;
+        };
         if meter.count_input(chunk.len()).is_err() {
-            return;
+            return pending().await;
         }
         if stdin.write_all(&chunk).await.is_err() {
             // the job has closed its input, as `head` does: what comes now is nobody's

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use axum::extract::{FromRequestParts, Path};
-use axum::http::HeaderMap;
 use axum::http::header::AUTHORIZATION;
 use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderValue};
 use holm_sandbox::name::Name;
 use serde::de::DeserializeOwned;
 
@@ -20,6 +20,9 @@ use crate::limit::Given;
 use crate::store::Store;
 use crate::tenant::{AuthError, Caller, KeyHash, OperatorKey, Tenant};
 use crate::upload::Compiler;
+
+/// Words of all `Authorization` headers of a request to a public plugin: more than any scheme has. Each costs a hash.
+const MAX_WORDS: usize = 64;
 
 /// The parts of a running server. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -97,6 +100,20 @@ impl App {
             self.admission.count_request(tenant)?;
         }
         Ok(found)
+    }
+
+    /// Whether a key of this server stands in these `Authorization` headers, in whatever form.
+    pub fn is_key_among<'a>(&self, values: impl IntoIterator<Item = &'a HeaderValue>) -> bool {
+        let known = |word: &str| {
+            let hash = KeyHash::of(word);
+            self.operator.matches(&hash) || self.store.key(&hash).is_some()
+        };
+        let mut words = values.into_iter().flat_map(|value| value.as_bytes().split(u8::is_ascii_whitespace));
+        let looked_at = words.by_ref().take(MAX_WORDS).filter_map(|word| std::str::from_utf8(word).ok());
+        let found = looked_at
+            .map(|word| (word, word.trim_matches([',', ';', '"', '='])))
+            .any(|(word, bare)| known(word) || (bare != word && known(bare)));
+        found || words.next().is_some()
     }
 
     /// Passes the operator, for a route on a tenant that need not exist. What a tenant's key may not see is 404 for

@@ -11,6 +11,7 @@ use std::time::Duration;
 use axum::body::{Body, Bytes};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
@@ -74,6 +75,10 @@ pub(super) struct Connection {
     evict: Notify,
     /// The last request was answered before all of its body had come.
     unread: AtomicBool,
+    /// Not all of the last request's body has come, whether or not somebody still reads it.
+    body_under_way: AtomicBool,
+    /// Its answer broke off in a way that the client can only tell by a reset.
+    broken: AtomicBool,
 }
 
 /// The most bytes of a body that nobody wants that are read before the connection is closed: the longest body that any
@@ -111,6 +116,8 @@ impl Connections {
             hurry: Notify::new(),
             evict: Notify::new(),
             unread: AtomicBool::new(false),
+            body_under_way: AtomicBool::new(false),
+            broken: AtomicBool::new(false),
         });
         table.open.insert(id, connection.clone());
         Some(Seat { table: self.clone(), id, connection })
@@ -138,6 +145,7 @@ impl Connection {
         let mut state = self.state();
         *state = (Phase::Busy, Instant::now(), state.2 + 1);
         self.unread.store(false, Ordering::Relaxed);
+        self.body_under_way.store(false, Ordering::Relaxed);
     }
 
     /// Whether the request is done with before all of its body has come. The connection cannot serve another one then.
@@ -196,8 +204,8 @@ impl Connection {
 
 /// A socket that notices when requests begin and that does not wait for ever to be rid of an answer.
 #[derive(Debug)]
-pub(super) struct WatchedStream<S> {
-    stream: S,
+pub(super) struct WatchedStream {
+    stream: TcpStream,
     connection: Arc<Connection>,
     rule: PaceRule,
     pace: Pace,
@@ -214,8 +222,8 @@ enum Closing {
     Lingering(u64),
 }
 
-impl<S> WatchedStream<S> {
-    pub(super) fn new(stream: S, connection: Arc<Connection>, rule: PaceRule) -> Self {
+impl WatchedStream {
+    pub(super) fn new(stream: TcpStream, connection: Arc<Connection>, rule: PaceRule) -> Self {
         Self { stream, connection, rule, pace: Pace::new(rule), request: 0, closing: Closing::Open }
     }
 
@@ -238,7 +246,16 @@ impl<S> WatchedStream<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for WatchedStream<S> {
+/// An answer that ends with the connection and broke off must not look like a whole one: the connection is reset.
+impl Drop for WatchedStream {
+    fn drop(&mut self) {
+        if self.connection.broken.load(Ordering::Relaxed) {
+            let _ = self.stream.set_zero_linger();
+        }
+    }
+}
+
+impl AsyncRead for WatchedStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let before = buf.filled().len();
@@ -250,7 +267,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for WatchedStream<S> {
     }
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for WatchedStream<S> {
+impl AsyncWrite for WatchedStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let polled = Pin::new(&mut this.stream).poll_write(cx, buf);
@@ -287,7 +304,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for WatchedStream<S> {
         if this.closing == Closing::Open {
             let polled = Pin::new(&mut this.stream).poll_shutdown(cx);
             ready!(this.paced(cx, polled, 0))?;
-            if !this.connection.is_unread() {
+            // an HTTP guest may have answered while its request is still being passed on
+            if !this.connection.body_under_way.load(Ordering::Relaxed) {
                 return Poll::Ready(Ok(()));
             }
             this.connection.linger();
@@ -317,6 +335,7 @@ pub(super) struct FirstBody {
 
 impl FirstBody {
     pub(super) fn new(body: Incoming, connection: Arc<Connection>) -> Self {
+        connection.body_under_way.store(!body.is_end_stream(), Ordering::Relaxed);
         Self { body, ended: false, connection }
     }
 }
@@ -335,7 +354,8 @@ impl HttpBody for FirstBody {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
-        self.ended |= !matches!(frame, Some(Ok(_)));
+        self.ended |= !matches!(frame, Some(Ok(_))) || self.body.is_end_stream();
+        self.connection.body_under_way.store(!self.ended, Ordering::Relaxed);
         Poll::Ready(frame)
     }
 
@@ -353,11 +373,13 @@ impl HttpBody for FirstBody {
 pub(super) struct LastBody {
     body: Body,
     connection: Arc<Connection>,
+    /// Whether nothing but the end of the connection tells the client where it ends.
+    until_close: bool,
 }
 
 impl LastBody {
-    pub(super) fn new(body: Body, connection: Arc<Connection>) -> Self {
-        Self { body, connection }
+    pub(super) fn new(body: Body, connection: Arc<Connection>, until_close: bool) -> Self {
+        Self { body, connection, until_close }
     }
 }
 
@@ -372,7 +394,11 @@ impl HttpBody for LastBody {
     type Error = axum::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if self.until_close && matches!(frame, Some(Err(_))) {
+            self.connection.broken.store(true, Ordering::Relaxed);
+        }
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {

@@ -1,22 +1,26 @@
 //! One HTTP request to a guest and its response: what is passed on of their headers, and their bodies as they flow.
 
+use std::convert::Infallible;
+use std::future::pending;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header};
 use futures_util::StreamExt;
-use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use hyper::body::{Body as HttpBody, Frame, Incoming};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
+use tokio::time::timeout;
 
 use super::body::PacedBody;
 use super::pace::PaceRule;
 use crate::job::{Line, Meter, Submitted};
 
-/// Header fields of a response, and the bytes of all of them together: what a request may have too.
+/// Header fields of a response, and the bytes of all of them together, counted like a request's: what that may have.
 const MAX_HEADERS: usize = 128;
-const MAX_HEAD_BYTES: usize = 64 * 1024;
+const MAX_HEADER_BYTES: usize = 64 * 1024;
 
 /// Headers of one connection, which mean nothing on the next (RFC 9110, section 7.6.1), and `Expect`, which is ours to
 /// answer.
@@ -35,6 +39,9 @@ const HOP_BY_HOP: [HeaderName; 9] = [
 /// Headers that speak for the host itself, in both directions.
 const OURS: &str = "holm-";
 
+/// How long a guest that has given no proper answer may take to end by itself, so that its record says why.
+pub(super) const LAST_WORDS: Duration = Duration::from_secs(1);
+
 /// The authority of a request that names none, as HTTP/1.0 ones may.
 const NO_HOST: HeaderValue = HeaderValue::from_static("localhost");
 
@@ -47,6 +54,9 @@ pub(super) enum ExchangeError {
     /// An informational status, which only the server of a connection may send.
     #[error("the status {0} cannot be passed on")]
     Status(StatusCode),
+    /// Headers beyond what is passed on.
+    #[error("its headers have {0} bytes, more than {MAX_HEADER_BYTES}")]
+    Headers(usize),
 }
 
 /// Sends `request` to the guest and gives the head of its response; the body follows as it is read.
@@ -58,7 +68,7 @@ pub(super) async fn exchange(
     let Line { to_guest, from_guest, meter } = line;
     let io = TokioIo::new(tokio::io::join(from_guest, to_guest));
     let (mut sender, connection) =
-        http1::Builder::new().max_headers(MAX_HEADERS).max_buf_size(MAX_HEAD_BYTES).handshake(io).await?;
+        http1::Builder::new().max_headers(MAX_HEADERS).max_buf_size(MAX_HEADER_BYTES).handshake(io).await?;
     // ends with the guest, whose ends of the pipes go with it
     tokio::spawn(connection);
     request.headers_mut().entry(header::HOST).or_insert(NO_HOST);
@@ -67,19 +77,34 @@ pub(super) async fn exchange(
     if response.status().is_informational() {
         return Err(ExchangeError::Status(response.status()));
     }
+    // what the connection buffers is only about as much
+    match header_bytes(response.headers()) {
+        bytes if bytes > MAX_HEADER_BYTES => return Err(ExchangeError::Headers(bytes)),
+        _ => {}
+    }
     Ok((response, meter))
 }
 
-/// A request's body, counted, and ended with its job if it breaks off or comes too slowly.
+/// The bytes of all headers together, counted as names, values and four bytes of punctuation each.
+pub(super) fn header_bytes(headers: &HeaderMap) -> usize {
+    headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum()
+}
+
+/// A request's body, counted. If it is too long, breaks off or comes too slowly, its job is being ended; until it is, the
+/// body goes on without a word, so that the guest has nothing to fail of by itself.
 fn metered(body: Body, meter: Meter, rule: PaceRule) -> Body {
     if body.is_end_stream() {
         return Body::empty();
     }
-    Body::from_stream(PacedBody::new(body, rule).map(move |chunk| match chunk {
-        Ok(chunk) => meter.count_input(chunk.len()).map(|()| chunk).map_err(axum::Error::new),
-        Err(error) => {
-            meter.input_broken();
-            Err(axum::Error::new(error))
+    Body::from_stream(PacedBody::new(body, rule).then(move |chunk| {
+        let meter = meter.clone();
+        async move {
+            match chunk {
+                Ok(chunk) if meter.count_input(chunk.len()).is_ok() => return Ok::<_, Infallible>(chunk),
+                Ok(_) => {}
+                Err(_) => meter.input_broken(),
+            }
+            pending().await
         }
     }))
 }
@@ -104,7 +129,8 @@ pub(super) fn pass_on(headers: &mut HeaderMap) {
     }
 }
 
-/// A response's body on its way to the client. Dropped before its end, it ends the job: nobody reads on.
+/// A response's body on its way to the client. Dropped before its end, it ends the job: nobody reads on. One that breaks
+/// off by itself leaves the job its last words.
 #[derive(Debug)]
 pub(super) struct GuestBody {
     body: Incoming,
@@ -135,7 +161,12 @@ impl HttpBody for GuestBody {
                 let bytes = frame.data_ref().map_or(0, Bytes::len);
                 Poll::Ready(Some(self.meter.count_output(bytes).map(|()| frame).map_err(axum::Error::new)))
             }
-            Some(Err(error)) => Poll::Ready(Some(Err(axum::Error::new(error)))),
+            Some(Err(error)) => {
+                if let Some(job) = self.job.take() {
+                    tokio::spawn(timeout(LAST_WORDS, job.finished()));
+                }
+                Poll::Ready(Some(Err(axum::Error::new(error))))
+            }
             None => {
                 self.complete();
                 Poll::Ready(None)
@@ -147,9 +178,8 @@ impl HttpBody for GuestBody {
         self.body.is_end_stream()
     }
 
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
+    // no `size_hint`: a length that is known stands in the header already, and the length of no body, as answers to
+    // HEAD have it, must not come to stand there
 }
 
 impl Drop for GuestBody {

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use axum::http::{HeaderValue, Request, header};
+use axum::http::{HeaderValue, Request, Version, header};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -109,12 +109,15 @@ async fn converse(stream: TcpStream, seat: Seat, router: Router, rules: Connecti
         connection.begin();
         let (router, connection) = (router.clone(), connection.clone());
         async move {
+            // what is older knows no chunks
+            let chunks = request.version() >= Version::HTTP_11;
             let request = request.map(|body| Body::new(FirstBody::new(body, connection.clone())));
             let mut response = router.oneshot(request).await?;
             if connection.is_unread() {
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
-            Ok::<_, Infallible>(response.map(|body| LastBody::new(body, connection)))
+            let until_close = !chunks && !response.headers().contains_key(header::CONTENT_LENGTH);
+            Ok::<_, Infallible>(response.map(|body| LastBody::new(body, connection, until_close)))
         }
     });
     let mut served = std::pin::pin!(

@@ -4,7 +4,8 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 
-use wasmtime::component::Component;
+use wasmtime::component::types::{ComponentFunc, ComponentItem};
+use wasmtime::component::{Component, Type};
 use wasmtime::{Engine, Module, Result, bail};
 use wasmtime_wasi::p2::bindings::CommandPre;
 use wasmtime_wasi_http::p2::bindings::ProxyPre;
@@ -63,11 +64,42 @@ fn check_start(module: &Module) -> Result<()> {
 fn build_component(engine: &Engine, binary: &[u8]) -> Result<(Vec<u8>, Exports)> {
     let component = Component::from_binary(engine, binary)?;
     let linked = link_component(&component)?;
-    let exports = Exports { command: CommandPre::new(linked.clone()).is_ok(), http: ProxyPre::new(linked).is_ok() };
+    let exports = Exports {
+        command: CommandPre::new(linked.clone()).is_ok() && is_run(&component),
+        http: ProxyPre::new(linked).is_ok() && is_handle(&component),
+    };
     if !exports.command && !exports.http {
         let ty = component.component_type();
         let names: Vec<&str> = ty.exports(engine).map(|(name, _)| name).collect();
         bail!("neither `wasi:cli/run` nor `wasi:http/incoming-handler` of version 0.2 is exported, but {names:?}");
     }
     Ok((component.serialize()?, exports))
+}
+
+/// Whether `run` takes nothing and gives a bare result. Looking an export up goes by its name alone.
+fn is_run(component: &Component) -> bool {
+    is_all_of(component, "wasi:cli/run@0.2.", "run", |run| {
+        let bare = |ty: &Type| matches!(ty, Type::Result(result) if result.ok().is_none() && result.err().is_none());
+        run.params().len() == 0 && run.results().len() == 1 && run.results().all(|ty| bare(&ty))
+    })
+}
+
+/// Whether `handle` takes two resources, the request and the place for the response, and gives nothing.
+fn is_handle(component: &Component) -> bool {
+    is_all_of(component, "wasi:http/incoming-handler@0.2.", "handle", |handle| {
+        handle.params().len() == 2
+            && handle.params().all(|(_, ty)| matches!(ty, Type::Own(_)))
+            && handle.results().len() == 0
+    })
+}
+
+/// Whether every exported version of `interface` has a `function` that is right.
+fn is_all_of(component: &Component, interface: &str, function: &str, right: impl Fn(&ComponentFunc) -> bool) -> bool {
+    let (ty, engine) = (component.component_type(), component.engine());
+    ty.exports(engine).filter(|(name, _)| name.starts_with(interface)).all(|(_, export)| match export.ty {
+        ComponentItem::ComponentInstance(instance) => instance.exports(engine).any(
+            |(name, export)| matches!(export.ty, ComponentItem::ComponentFunc(func) if name == function && right(&func)),
+        ),
+        _ => false,
+    })
 }

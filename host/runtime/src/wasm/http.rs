@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper::{Request, Response};
+use hyper::{Request, Response, StatusCode};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::net::unix::pipe;
 use tokio::sync::oneshot;
@@ -21,7 +21,12 @@ use wasmtime_wasi_http::p2::bindings::ProxyPre;
 use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
 
+use super::answer::{AnswerBody, Settle};
 use super::guest::{State, fuel_left};
+
+/// Header fields of a request. The server in front has counted them already; this is more than it lets through, as
+/// hyper's own default is not.
+const MAX_HEADERS: usize = 256;
 
 /// What the guest gives for a response.
 type Answer = std::result::Result<Response<HyperOutgoingBody>, ErrorCode>;
@@ -35,6 +40,9 @@ pub(super) enum NoResponse {
     /// It set an error in the place of a response.
     #[error("the guest answered with an error: {0:?}")]
     Error(ErrorCode),
+    /// It answered with a status that only the server of a connection may send.
+    #[error("the guest answered with the informational status {0}")]
+    Informational(StatusCode),
 }
 
 /// Serves the one request of this process, and waits until both the guest and the transmission of its response are
@@ -55,8 +63,14 @@ pub(super) async fn serve(guest: ProxyPre<State>, store: Store<State>) -> (Resul
         Ok((from, to)) => TokioIo::new(tokio::io::join(from, to)),
         Err(error) => return (Err(error.into()), fuel_left(&store)),
     };
-    let connection = http1::Builder::new().keep_alive(false).serve_connection(streams, service);
-    // how the transmission went is for the other end to see, and not the guest's end
+    let mut http = http1::Builder::new();
+    let connection = http.keep_alive(false).max_headers(MAX_HEADERS).serve_connection(streams, service);
+    let connection = async {
+        // how the transmission went is for the other end to see, and not the guest's end
+        let _ = connection.await;
+        // a request that never came, or was none, is not waited for
+        exchange.lock().map(|mut exchange| exchange.take())
+    };
     let (guest, _) = tokio::join!(handle(guest, store, request, give_answer), connection);
     guest
 }
@@ -71,9 +85,13 @@ async fn handle(
     guest: ProxyPre<State>,
     mut store: Store<State>,
     request: oneshot::Receiver<Request<Incoming>>,
-    give_answer: oneshot::Sender<Response<HyperOutgoingBody>>,
+    give_answer: oneshot::Sender<Response<AnswerBody>>,
 ) -> (Result<()>, Option<u64>) {
-    let result = call(&guest, &mut store, request, give_answer).await;
+    let mut body = None;
+    let result = call(&guest, &mut store, request, give_answer, &mut body).await;
+    if let Some(body) = body {
+        body.settle().await;
+    }
     (result, fuel_left(&store))
 }
 
@@ -81,7 +99,8 @@ async fn call(
     guest: &ProxyPre<State>,
     store: &mut Store<State>,
     request: oneshot::Receiver<Request<Incoming>>,
-    give_answer: oneshot::Sender<Response<HyperOutgoingBody>>,
+    give_answer: oneshot::Sender<Response<AnswerBody>>,
+    body: &mut Option<Settle>,
 ) -> Result<()> {
     let instance = guest.instantiate_async(&mut *store).await?;
     let request = request.await.map_err(|_| format_err!("no request has come"))?;
@@ -92,9 +111,14 @@ async fn call(
     let mut handled = std::pin::pin!(handler.call_handle(store, request, response));
     let mut give_answer = Some(give_answer);
     let mut forward = |answer: Answer| match (answer, give_answer.take()) {
+        (Ok(response), _) if response.status().is_informational() => Err(NoResponse::Informational(response.status())),
         (Ok(response), Some(give)) => {
             // should the connection be gone, the guest's body finds out
-            let _ = give.send(response);
+            let _ = give.send(response.map(|whole| {
+                let (whole, settle) = AnswerBody::new(whole);
+                *body = Some(settle);
+                whole
+            }));
             Ok(())
         }
         (Err(code), _) => Err(NoResponse::Error(code)),

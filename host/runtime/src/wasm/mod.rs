@@ -1,6 +1,7 @@
 //! WebAssembly: one engine configuration for compiling and running, WASI preview 1 for core modules, WASI 0.2
 //! for components.
 
+mod answer;
 mod compile;
 mod engine;
 mod guest;

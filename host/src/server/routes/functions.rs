@@ -2,13 +2,12 @@
 
 use std::fmt::Display;
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{FromRequestParts, State};
 use axum::http::request::Parts;
-use axum::http::uri::PathAndQuery;
-use axum::http::{HeaderName, HeaderValue, Request, Response, Uri, Version, header};
+use axum::http::uri::{Authority, PathAndQuery};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, Uri, Version, header};
 use axum::response::IntoResponse;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -20,7 +19,7 @@ use crate::limit::{Limit, Limits};
 use crate::plugin::{Interface, Plugin};
 use crate::server::app::App;
 use crate::server::body::refuse_longer_than;
-use crate::server::exchange::{GuestBody, exchange, pass_on};
+use crate::server::exchange::{GuestBody, LAST_WORDS, exchange, pass_on};
 use crate::server::problem::{Code, Problem};
 use crate::tenant::{Caller, Tenant};
 
@@ -28,9 +27,6 @@ use crate::tenant::{Caller, Tenant};
 pub(super) const PATHS: [&str; 3] = ["/fn/{t}/{p}", "/fn/{t}/{p}/", "/fn/{t}/{p}/{*path}"];
 
 const JOB_ID: HeaderName = HeaderName::from_static("holm-job-id");
-
-/// How long a guest that has given no proper answer may take to end by itself, so that its record says why.
-const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Passes a request of any method on to the plugin, as `/{path}`. Both bodies are streamed.
 #[utoipa::path(method(get, head, post, put, patch, delete, options), path = "/fn/{t}/{p}/{path}",
@@ -51,6 +47,7 @@ pub(super) async fn call(State(app): State<App>, request: Request<Body>) -> Resu
     if plugin.interface != Interface::Http {
         return Err(Problem::new(Code::WrongInterface, "the plugin is a command; run it with `POST …/jobs`"));
     }
+    check_host(&parts.headers)?;
     let request = job_request(&app, tenant, plugin)?;
     refuse_longer_than(&parts.headers, request.limits.get(Limit::InputBytes))?;
     if app.is_draining() {
@@ -111,7 +108,7 @@ impl Target {
 async fn authorize(app: &App, parts: &mut Parts, tenant: &str, plugin: &str) -> Result<(Tenant, bool), Problem> {
     let caller = Caller::from_request_parts(parts, app).await;
     let public = app.public_plugin(tenant, plugin)?;
-    if caller.is_ok() || public.is_none() {
+    if public.is_none() || app.is_key_among(parts.headers.get_all(header::AUTHORIZATION)) {
         parts.headers.remove(header::AUTHORIZATION);
     }
     match (public, caller) {
@@ -120,6 +117,18 @@ async fn authorize(app: &App, parts: &mut Parts, tenant: &str, plugin: &str) -> 
             Ok((tenant, trusted))
         }
         (None, caller) => Ok((app.tenant(&caller?, tenant)?, true)),
+    }
+}
+
+/// Refuses a `Host` that is none, or more than one (RFC 9112, section 3.2): a guest takes its authority from it.
+fn check_host(headers: &HeaderMap) -> Result<(), Problem> {
+    let mut hosts = headers.get_all(header::HOST).iter();
+    match (hosts.next(), hosts.next()) {
+        (None, _) => Ok(()),
+        (Some(host), None) if host.to_str().is_ok_and(|host| host.is_empty() || host.parse::<Authority>().is_ok()) => {
+            Ok(())
+        }
+        _ => Err(Problem::malformed("`Host` must be one name, with a port or without")),
     }
 }
 

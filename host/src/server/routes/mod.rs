@@ -23,12 +23,13 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::app::App;
+use super::exchange::header_bytes;
 use super::problem::{Code, Problem};
 
 /// The longest URI.
 const MAX_URI_BYTES: usize = 8 * 1024;
 
-/// The most bytes of all headers together, counted as names, values and four bytes of punctuation each.
+/// The most bytes of all headers together.
 const MAX_HEADER_BYTES: usize = 64 * 1024;
 
 #[derive(OpenApi)]
@@ -93,11 +94,10 @@ async fn other_method(method: Method) -> Response<Body> {
 
 /// Refuses what is too large to be looked at, and adds what every answer has.
 async fn check_size(request: Request<Body>, next: Next) -> Response<Body> {
-    let size = |(name, value): (&header::HeaderName, &HeaderValue)| name.as_str().len() + value.len() + 4;
     let mut response = if request.uri().to_string().len() > MAX_URI_BYTES {
         let detail = format!("the URI may have {MAX_URI_BYTES} bytes at most");
         Problem::new(Code::UriTooLong, detail).into_response()
-    } else if request.headers().iter().map(size).sum::<usize>() > MAX_HEADER_BYTES {
+    } else if header_bytes(request.headers()) > MAX_HEADER_BYTES {
         let detail = format!("all headers together may have {MAX_HEADER_BYTES} bytes at most");
         Problem::new(Code::HeadersTooLarge, detail).into_response()
     } else {
