@@ -135,10 +135,11 @@ fn wrong_text_is_refused_with_the_line() {
 }
 
 #[test]
-fn a_component_is_refused_as_one() {
+fn a_component_without_an_export_to_call_is_refused() {
     let server = start();
-    refuse(&server, b"\0asm\x0d\0\x01\0", &["component"]);
-    refuse(&server, b"(component)", &["component"]);
+    for empty in [&b"\0asm\x0d\0\x01\0"[..], b"(component)"] {
+        refuse(&server, empty, &["wasi:cli/run", "wasi:http/incoming-handler"]);
+    }
 }
 
 #[test]
