@@ -84,14 +84,14 @@ fn read(pid: Pid, file: &str) -> std::io::Result<String> {
 }
 
 /// `/proc/PID/status`.
-struct Status(HashMap<String, String>);
+pub(crate) struct Status(HashMap<String, String>);
 
 impl Status {
     fn of(pid: Pid) -> std::io::Result<Self> {
         Ok(Self::parse(&read(pid, "status")?))
     }
 
-    fn parse(text: &str) -> Self {
+    pub(crate) fn parse(text: &str) -> Self {
         let fields = text.lines().filter_map(|line| line.split_once(':'));
         Self(fields.map(|(key, value)| (key.to_owned(), value.trim().to_owned())).collect())
     }
@@ -110,14 +110,14 @@ impl Status {
     }
 
     /// No capability, `no_new_privs`, and seccomp in filter mode with at least `filters` filters.
-    fn confined(&self, filters: u32) -> bool {
+    pub(crate) fn confined(&self, filters: u32) -> bool {
         // the number of filters is shown since Linux 5.9
         let enough = self.field("Seccomp_filters").parse().is_ok_and(|n: u32| n >= filters);
         self.capabilities() == 0 && self.number("NoNewPrivs", 10) == 1 && self.number("Seccomp", 10) == 2 && enough
     }
 
     /// Real, effective, saved and file-system id are all `id`.
-    fn only_id(&self, field: &str, id: u32) -> bool {
+    pub(crate) fn only_id(&self, field: &str, id: u32) -> bool {
         let ids: Vec<&str> = self.field(field).split_whitespace().collect();
         ids.len() == 4 && ids.iter().all(|text| text.parse() == Ok(id))
     }
