@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use support::inspect::Process;
+use support::inspect::{Process, Running};
 use support::wat::command;
 use support::{Server, native, wasm};
 
@@ -339,5 +339,19 @@ fn input_is_taken_to_the_limit_and_no_further() {
     };
     assert_eq!(run(1000).expect(200).body.len(), 1000);
     assert_eq!(run(1001).problem(413), "payload_too_large");
+    server.assert_healthy();
+}
+
+#[test]
+fn a_tenants_cpu_may_be_less_than_a_jobs_and_become_less_while_jobs_run() {
+    let server = start();
+    let ends = |what: &str| assert_eq!(server.probe(&["exit", "0"], &json!({}))["outcome"]["kind"], "exited", "{what}");
+    for cores in [json!(0.5), json!(0.1), json!(2), json!(null)] {
+        let running = Running::start(&server, "t", "probe", &json!(["count"]), &json!({"cpu_cores": 1}));
+        server.patch_json("/v1/tenants/t", &json!({"limits": {"cpu_cores": cores}})).expect(200);
+        ends(&format!("beside a job from before: {cores}"));
+        running.finish().expect(200);
+        ends(&format!("{cores}"));
+    }
     server.assert_healthy();
 }

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used)] // a test that cannot go on should say where
 #![allow(clippy::cast_possible_truncation, clippy::wrong_self_convention)] // numbers and names of tests alone
 
+pub mod attack;
 pub mod component;
 pub mod elf;
 pub mod family;
@@ -146,7 +147,20 @@ impl Server {
     }
 
     /// Sends a request with `key`, if it is not empty.
+    #[track_caller]
     pub fn send(&self, key: &str, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+        self.try_send(key, method, path, headers, body).unwrap_or_else(|error| panic!("{method} {path}: {error}"))
+    }
+
+    /// Sends a request with `key`, if it is not empty. The error is an answer that does not come, or breaks off.
+    pub fn try_send(
+        &self,
+        key: &str,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> Result<Answer, ureq::Error> {
         let uri = format!("{}{path}", self.url);
         let mut request = ureq::http::Request::builder().method(method).uri(uri);
         if !key.is_empty() {
@@ -160,10 +174,10 @@ impl Server {
         } else {
             self.agent.run(request.body(body).unwrap())
         };
-        let mut response = response.unwrap_or_else(|error| panic!("{method} {path}: {error}"));
+        let mut response = response?;
         let mut body = Vec::new();
-        response.body_mut().as_reader().read_to_end(&mut body).unwrap();
-        Answer { status: response.status().as_u16(), headers: response.headers().clone(), body }
+        response.body_mut().as_reader().read_to_end(&mut body)?;
+        Ok(Answer { status: response.status().as_u16(), headers: response.headers().clone(), body })
     }
 
     /// The same with the operator's key.

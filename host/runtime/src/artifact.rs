@@ -167,8 +167,11 @@ fn inspect_elf<'data, R: ReadRef<'data>>(head: &[u8], data: R) -> Result<(), For
                 return refuse("damaged: a segment that no kernel can map".into());
             }
         }
+        if segment.p_type(endian) == elf::PT_INTERP && size > MAX_INTERPRETER {
+            return refuse("damaged: the name of its interpreter is longer than any path".into());
+        }
         if let Some(interpreter) = segment.interpreter(endian, data).map_err(|_| truncated())? {
-            let name = String::from_utf8_lossy(interpreter);
+            let name = shown(interpreter);
             return refuse(format!(
                 "dynamically linked: it needs the interpreter `{name}`, and a sandbox has no libraries. Link it statically (Rust: `-C target-feature=+crt-static`, C: `-static`, Go: `CGO_ENABLED=0`)"
             ));
@@ -185,6 +188,16 @@ fn inspect_elf<'data, R: ReadRef<'data>>(head: &[u8], data: R) -> Result<(), For
         return refuse("not a program: its entry point lies in no executable segment (a shared library?)".into());
     }
     Ok(())
+}
+
+/// The longest name of an interpreter that the kernel takes (`PATH_MAX`). Read whole, so it must have an end.
+const MAX_INTERPRETER: u64 = 4096;
+
+/// A name from the file, in words that do no harm in an answer or a log, and not many of them.
+fn shown(name: &[u8]) -> String {
+    const MOST: usize = 100;
+    let cut = if name.len() > MOST { "…" } else { "" };
+    format!("{}{cut}", name[..name.len().min(MOST)].escape_ascii())
 }
 
 /// Whether the kernel can map a segment: `execve` itself finds out too late to say so, and ends the process.
@@ -289,6 +302,19 @@ mod tests {
         dynamic.tail = b"/lib64/ld-linux-x86-64.so.2\0".to_vec();
         dynamic.tail.resize(0x100, 0);
         assert!(dynamic.refusal().contains("`/lib64/ld-linux-x86-64.so.2`"), "{}", dynamic.refusal());
+    }
+
+    #[test]
+    fn an_interpreter_of_any_length_is_refused_in_few_words() {
+        let at = 64 + 2 * 56;
+        for (len, word) in [(4096, "dynamically linked"), (4097, "longer than any path"), (1 << 20, "longer than")] {
+            let mut dynamic = Elf::program();
+            dynamic.segments.push((elf::PT_INTERP, elf::PF_R, at, len));
+            dynamic.tail = vec![0xff; usize::try_from(len).unwrap() - 1];
+            dynamic.tail.push(0);
+            let refusal = dynamic.refusal();
+            assert!(refusal.contains(word) && refusal.len() < 1024, "{} bytes: {refusal:.200}", refusal.len());
+        }
     }
 
     #[test]

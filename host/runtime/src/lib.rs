@@ -10,4 +10,5 @@
 pub mod artifact;
 pub mod invocation;
 pub mod native;
+#[cfg(feature = "wasm")]
 pub mod wasm;

@@ -10,6 +10,9 @@
 
 pub mod cgroup;
 pub mod error;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod gate;
 mod init;
 pub mod launcher;

@@ -79,10 +79,14 @@ impl Limits {
             ("open_files", Self::OPEN_FILES.contains(&self.open_files)),
             ("stack_bytes", Self::STACK_BYTES.contains(&self.stack_bytes)),
         ];
-        match ranges.iter().find(|(_, ok)| !ok) {
-            None => Ok(()),
-            Some((name, _)) => Err(LimitError(name)),
-        }
+        all_in_range(&ranges)
+    }
+}
+
+fn all_in_range(ranges: &[(&'static str, bool)]) -> Result<(), LimitError> {
+    match ranges.iter().find(|(_, ok)| !ok) {
+        None => Ok(()),
+        Some((name, _)) => Err(LimitError(name)),
     }
 }
 
@@ -98,6 +102,28 @@ pub struct Ceiling {
     pub cpu_weight: Option<u32>,
     /// Processes and threads of all jobs, the host's own inits included.
     pub pids: Option<u32>,
+}
+
+impl Ceiling {
+    /// Range of `memory_bytes`: from one job's least to more than any machine has.
+    pub const MEMORY_BYTES: RangeInclusive<u64> = 4 * MIB..=1 << 50;
+    /// Range of `pids`: from an init and its program to the kernel's `PID_MAX_LIMIT`.
+    pub const PIDS: RangeInclusive<u32> = 2..=1 << 22;
+
+    /// Checks every value that is there against its range; those of CPU are a job's own.
+    ///
+    /// # Errors
+    /// The first that is out of its range.
+    pub fn check(&self) -> Result<(), LimitError> {
+        let cpu = self.cpu_millicores.is_none_or(|value| Limits::CPU_MILLICORES.contains(&value));
+        let weight = self.cpu_weight.is_none_or(|value| Limits::CPU_WEIGHT.contains(&value));
+        all_in_range(&[
+            ("memory_bytes", self.memory_bytes.is_none_or(|value| Self::MEMORY_BYTES.contains(&value))),
+            ("cpu_cores", cpu),
+            ("cpu_weight", weight),
+            ("pids", self.pids.is_none_or(|value| Self::PIDS.contains(&value))),
+        ])
+    }
 }
 
 #[cfg(test)]
@@ -139,6 +165,29 @@ mod tests {
             let mut limits = some();
             set(&mut limits);
             assert_eq!(limits.check(), Err(LimitError(name)));
+        }
+    }
+
+    #[test]
+    fn a_ceiling_has_ranges_too() {
+        let most = Ceiling {
+            memory_bytes: Some(1 << 50),
+            cpu_millicores: Some(1_024_000),
+            cpu_weight: Some(10_000),
+            pids: Some(1 << 22),
+        };
+        for ceiling in [Ceiling::default(), most] {
+            assert_eq!(ceiling.check(), Ok(()));
+        }
+        let wrong = [
+            ("memory_bytes", Ceiling { memory_bytes: Some(0), ..most }),
+            ("memory_bytes", Ceiling { memory_bytes: Some(u64::MAX), ..most }),
+            ("cpu_cores", Ceiling { cpu_millicores: Some(0), ..most }),
+            ("cpu_weight", Ceiling { cpu_weight: Some(0), ..most }),
+            ("pids", Ceiling { pids: Some(1), ..most }),
+        ];
+        for (name, ceiling) in wrong {
+            assert_eq!(ceiling.check(), Err(LimitError(name)));
         }
     }
 

@@ -65,7 +65,28 @@ impl fmt::Display for Name {
 
 #[cfg(test)]
 mod tests {
+    use std::path::{Component, Path};
+
+    use proptest::prelude::*;
+
     use super::Name;
+
+    proptest! {
+        #[test]
+        fn whatever_is_a_name_is_one_plain_component_of_a_path(text in "\\PC{0,3}|[a-z0-9./-]{0,70}") {
+            if let Ok(name) = text.parse::<Name>() {
+                let components: Vec<Component<'_>> = Path::new(name.as_str()).components().collect();
+                prop_assert_eq!(components, [Component::Normal(text.as_ref())]);
+                prop_assert!(name.as_str().len() <= Name::MAX_LEN);
+            }
+        }
+
+        #[test]
+        fn every_name_that_is_promised_is_one(text in "[a-z0-9][a-z0-9-]{0,62}") {
+            let name: Name = text.parse().unwrap();
+            prop_assert_eq!(name.as_str(), &text);
+        }
+    }
 
     #[test]
     fn names_are_safe_as_file_names() {

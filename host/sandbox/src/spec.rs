@@ -51,7 +51,8 @@ impl SandboxSpec {
     /// # Errors
     /// The first limit that is out of its range.
     pub fn check(&self) -> Result<(), LimitError> {
-        self.limits.check()
+        self.limits.check()?;
+        self.ceiling.check()
     }
 }
 

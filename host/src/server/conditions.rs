@@ -85,9 +85,44 @@ pub(super) fn merge_patch(target: &mut Value, patch: Value) {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use serde_json::json;
 
     use super::*;
+
+    /// JSON of some depth.
+    fn value() -> impl Strategy<Value = Value> {
+        let leaf =
+            prop_oneof![Just(Value::Null), any::<bool>().prop_map(Value::from), any::<i64>().prop_map(Value::from)];
+        leaf.prop_recursive(3, 24, 4, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..3).prop_map(Value::from),
+                prop::collection::btree_map("[a-c]", inner, 0..4).prop_map(|map| map.into_iter().collect()),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn any_header_is_read_or_refused_and_never_both_wanted_and_unwanted(
+            value in "[\\x20-\\x7e]{0,40}", tag in "\"[a-f]{0,4}\"",
+        ) {
+            let (wanted, unwanted) = (conditions("if-match", &value), conditions("if-none-match", &value));
+            prop_assert_ne!(wanted.hold(Some(&tag)), unwanted.hold(Some(&tag)));
+            prop_assert!(!wanted.hold(None) && unwanted.hold(None));
+            let listed = conditions("if-match", &format!("\"x\",{tag} , \"y\""));
+            prop_assert!(listed.hold(Some(&tag)));
+        }
+
+        #[test]
+        fn a_patch_laid_over_twice_is_laid_over_once(target in value(), patch in value()) {
+            let mut once = target;
+            merge_patch(&mut once, patch.clone());
+            let mut twice = once.clone();
+            merge_patch(&mut twice, patch);
+            prop_assert_eq!(twice, once);
+        }
+    }
 
     fn conditions(name: &'static str, value: &str) -> Conditions {
         let mut headers = HeaderMap::new();

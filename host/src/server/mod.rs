@@ -5,6 +5,7 @@ mod body;
 mod conditions;
 mod connection;
 mod exchange;
+mod form;
 mod pace;
 mod problem;
 mod routes;

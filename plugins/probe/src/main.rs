@@ -4,6 +4,10 @@
 //! so that they do no harm outside of a sandbox: the last argument of each says when.
 
 mod appetite;
+mod calls;
+mod escape;
+mod kernel;
+mod raw;
 mod reach;
 mod report;
 mod sys;
@@ -48,6 +52,51 @@ fn run(words: &[&str]) -> Result<ExitCode> {
         ["forge", code] => {
             reach::forge()?;
             return Ok(ExitCode::from(code.parse::<u8>()?));
+        }
+
+        // ways out that set-up code left open
+        ["on-own-ground", rest @ ..] => raw::on_own_ground(|| run(rest).map(drop))?,
+        ["leak", dir, rest @ ..] => {
+            escape::leak(dir)?;
+            return run(rest);
+        }
+        ["overwrite-program", pid] => say(&escape::overwrite_program(pid)?.to_string())?,
+        ["descriptors"] => say(&escape::descriptors().to_string())?,
+        ["ground"] => say(&escape::ground()?.to_string())?,
+        ["replace", paths @ ..] => say(&escape::replace(paths).to_string())?,
+        ["plant-links", dir, target] => escape::plant_links(dir, target)?,
+        ["disguise-output", dir, target] => escape::disguise_output(dir, target)?,
+        ["deep-and-wide", most] => say(&escape::deep_and_wide(most.parse()?)?.to_string())?,
+        ["connect", targets @ ..] => say(&escape::connect(targets).to_string())?,
+        ["regain-privilege"] => say(&escape::regain_privilege()?.to_string())?,
+        ["effective-id"] => return Ok(ExitCode::from(sys::effective_id())),
+        ["search-memory", reversed] => say(&escape::search_memory(reversed)?.to_string())?,
+        ["leave-core"] => say(&escape::leave_core()?.to_string())?,
+        ["open-for-writing", root] => say(&escape::open_for_writing(root).to_string())?,
+
+        // ways into the kernel
+        ["sweep", first, end, patterns, spared @ ..] => {
+            let spared: Vec<usize> =
+                spared.iter().map(|number| number.parse()).collect::<std::result::Result<_, _>>()?;
+            say(&calls::sweep(first.parse()?, end.parse()?, patterns.parse()?, &spared)?.to_string())?;
+        }
+        ["vary", number, at, args, values @ ..] => say(&calls::vary(number, at, args, values)?.to_string())?,
+        ["known-requests", path] => say(&calls::known_requests(path)?.to_string())?,
+        ["fuzz", count, seed] => say(&calls::fuzz(count.parse()?, seed.parse()?)?.to_string())?,
+        ["namespaces"] => say(&kernel::namespaces()?.to_string())?,
+        ["mounts"] => say(&kernel::mounts()?.to_string())?,
+        ["release-agent"] => say(&kernel::release_agent()?.to_string())?,
+        ["rings"] => say(&kernel::rings().to_string())?,
+        ["keys"] => say(&kernel::keys()?.to_string())?,
+        ["page-games"] => say(&kernel::page_games()?.to_string())?,
+        ["attach", pid] => say(&kernel::attach(pid.parse()?)?.to_string())?,
+        ["type-keys"] => say(&kernel::type_keys()?.to_string())?,
+        ["out-of-band"] => say(&kernel::out_of_band()?.to_string())?,
+        ["nodes"] => say(&kernel::nodes()?.to_string())?,
+        ["socket-matrix", families, kinds, protocols @ ..] => {
+            let protocols: Vec<usize> =
+                protocols.iter().map(|one| one.parse()).collect::<std::result::Result<_, _>>()?;
+            say(&kernel::socket_matrix(families.parse()?, kinds.parse()?, &protocols).to_string())?;
         }
 
         // how a program ends

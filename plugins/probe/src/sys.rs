@@ -182,3 +182,9 @@ pub(crate) fn kin() -> (i32, i32, i32) {
     // SAFETY: no memory is involved.
     (session, group, unsafe { libc::getppid() })
 }
+
+/// The effective user id, as far as an exit code can tell it.
+pub(crate) fn effective_id() -> u8 {
+    // SAFETY: no memory is involved.
+    u8::try_from(unsafe { libc::geteuid() }).unwrap_or(199)
+}

@@ -30,8 +30,23 @@ impl<'a> Control<'a> {
         if self.v2 { v2::kill_whole_group_on_oom(self.dir).map(|()| None) } else { v1::watch_oom(self.dir).map(Some) }
     }
 
+    /// Limits CPU time per wall time here, and of everything directly below as far as it has more: v1 refuses what is
+    /// less than a child has.
+    pub(super) fn limit_cpu_of_all(&self, millicores: u32) -> nix::Result<()> {
+        if !self.v2 {
+            for child in self.dir.children()? {
+                // one that is gone by now has no quota
+                let Ok(child) = self.dir.child(&child) else { continue };
+                if v1::cpu_quota(&child).is_some_and(|quota_us| quota_us > quota_us_of(millicores)) {
+                    v1::limit_cpu(&child, quota_us_of(millicores), CPU_PERIOD_US.into())?;
+                }
+            }
+        }
+        self.limit_cpu(millicores)
+    }
+
     pub(super) fn limit_cpu(&self, millicores: u32) -> nix::Result<()> {
-        let quota_us = u64::from(millicores) * u64::from(CPU_PERIOD_US) / 1000;
+        let quota_us = quota_us_of(millicores);
         let limit = if self.v2 { v2::limit_cpu } else { v1::limit_cpu };
         limit(self.dir, quota_us, CPU_PERIOD_US.into())
     }
@@ -75,4 +90,8 @@ impl<'a> Control<'a> {
     pub(super) fn cpu_throttled(&self) -> Option<u64> {
         if self.v2 { v2::cpu_throttled(self.dir) } else { v1::cpu_throttled(self.dir) }
     }
+}
+
+fn quota_us_of(millicores: u32) -> u64 {
+    u64::from(millicores) * u64::from(CPU_PERIOD_US) / 1000
 }

@@ -123,10 +123,15 @@ fn parse_mountinfo(text: &str) -> Result<Vec<CgroupMount>, LayoutError> {
         let [_, _, _, root, mount_point, ..] = left[..] else {
             return Err(malformed("too few fields"));
         };
+        let (root, mount_point) = (unescape(root), unescape(mount_point));
+        // what is joined below must stay below: a relative root would let a path in it replace the mount point
+        if !root.starts_with('/') || !mount_point.starts_with('/') {
+            return Err(malformed("a path is not absolute"));
+        }
         mounts.push(CgroupMount {
             v2: kind == "cgroup2",
-            root: unescape(root),
-            mount_point: PathBuf::from(unescape(mount_point)),
+            root,
+            mount_point: PathBuf::from(mount_point),
             options: options.split(',').map(str::to_owned).collect(),
         });
     }
@@ -162,6 +167,7 @@ fn unescape(field: &str) -> String {
     let mut i = 0;
     while i < bytes.len() {
         let escaped = (bytes[i] == b'\\').then(|| bytes.get(i + 1..i + 4)).flatten();
+        let escaped = escaped.filter(|digits| digits.iter().all(u8::is_ascii_digit)); // `+01` is a number too
         let value = escaped.and_then(|d| u8::from_str_radix(std::str::from_utf8(d).ok()?, 8).ok());
         match value {
             Some(byte) => {
@@ -179,7 +185,25 @@ fn unescape(field: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    /// As the kernel does (`seq_escape` of space, tab, newline and backslash).
+    fn escape(path: &str) -> String {
+        let escaped = |c: char| if " \t\n\\".contains(c) { format!("\\{:03o}", u32::from(c)) } else { c.into() };
+        path.chars().map(escaped).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn a_mount_point_of_any_name_is_found(name in "[^/]{1,20}", below in "[a-z -]{1,9}") {
+            let mount_point = format!("/mnt/{name}");
+            let mounts = format!("30 25 0:26 / {} rw shared:1 - cgroup2 none rw\n", escape(&mount_point));
+            let layout = Layout::discover(&mounts, &format!("0::/{below}\n")).unwrap();
+            prop_assert_eq!(layout.v2.unwrap().own_dir, Path::new(&mount_point).join(below));
+        }
+    }
 
     const HYBRID_MOUNTS: &str = "\
 27 1 254:0 / / rw,relatime - ext4 /dev/vda rw
@@ -254,12 +278,17 @@ mod tests {
         let mounts = "30 25 0:26 / /mnt/my\\040cg\\134x rw - cgroup2 none rw\n";
         let layout = Layout::discover(mounts, "0::/\n").unwrap();
         assert_eq!(layout.v2.unwrap().own_dir, Path::new("/mnt/my cg\\x"));
+        let no_escape = "30 25 0:26 / /mnt/\\+01 rw - cgroup2 none rw\n";
+        assert_eq!(Layout::discover(no_escape, "0::/\n").unwrap().v2.unwrap().own_dir, Path::new("/mnt/\\+01"));
     }
 
     #[test]
     fn text_that_the_kernel_would_not_write_is_an_error_or_nothing() {
         assert!(Layout::discover("nonsense\n", "0::/\n").is_err());
         assert!(Layout::discover("30 - cgroup2 none rw\n", "0::/\n").is_err());
+        for mounts in ["30 25 0:26  /mnt rw - cgroup2 none rw\n", "30 25 0:26 / mnt rw - cgroup2 none rw\n"] {
+            assert!(Layout::discover(mounts, "0::/etc\n").is_err(), "{mounts}");
+        }
         assert!(Layout::discover(HYBRID_MOUNTS, "0:/\n").is_err());
         assert!(Layout::discover(HYBRID_MOUNTS, "0::relative\n").is_err());
         assert_eq!(Layout::discover("", "0::/\n"), Err(LayoutError::NoneMounted));

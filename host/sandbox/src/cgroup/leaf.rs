@@ -48,7 +48,9 @@ impl Leaf {
     pub(crate) fn limit(&self, spec: &SandboxSpec) -> nix::Result<()> {
         let limits = &spec.limits;
         self.control(Role::Memory).limit_memory(limits.memory_bytes)?;
-        self.control(Role::Cpu).limit_cpu(limits.cpu_millicores)?;
+        // more than the tenant has would mean nothing on v2, and v1 refuses it
+        let ceiling = spec.ceiling.cpu_millicores.unwrap_or(u32::MAX);
+        self.control(Role::Cpu).limit_cpu(limits.cpu_millicores.min(ceiling))?;
         self.control(Role::Cpu).weigh_cpu(limits.cpu_weight)?;
         self.control(Role::Pids).limit_pids(limits.pids + spec.kind.own_pids())
     }

@@ -18,6 +18,11 @@ use crate::name::Name;
 /// How long a tenant's cgroup outlives its last sandbox, so that a quiet tenant's next job finds it.
 const TENANT_LINGER: Duration = Duration::from_secs(2);
 
+/// How often and for how long a ceiling is tried again that the kernel refuses: on v1 a CPU quota below that of a cgroup
+/// which is removed already, but not yet let go of, some RCU grace periods later.
+const CEILING_AGAIN: Duration = Duration::from_millis(5);
+const CEILING_WITHIN: Duration = Duration::from_secs(2);
+
 /// How long a killed cgroup may take to become empty before a sweep gives up on it.
 const SWEEP_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -73,9 +78,44 @@ pub(crate) struct Tree {
 #[derive(Debug)]
 struct Tenant {
     level: Rc<Level>,
+    /// As it was written.
     ceiling: Ceiling,
+    /// As it should be, and until when it is tried to make it so.
+    wanted: Ceiling,
+    wanted_until: Instant,
     sandboxes: usize,
     idle_since: Instant,
+}
+
+impl Tenant {
+    fn new(level: Level) -> Self {
+        let (now, ceiling) = (Instant::now(), Ceiling::default());
+        Self { level: Rc::new(level), ceiling, wanted: ceiling, wanted_until: now, sandboxes: 0, idle_since: now }
+    }
+
+    /// Writes what of the ceiling has changed. What has been written before an error stands.
+    fn apply_ceiling(&mut self, plan: &Plan) -> nix::Result<()> {
+        let (new, now) = (self.wanted, &mut self.ceiling);
+        let control = |role| plan.control(&self.level, role);
+        if now.memory_bytes != new.memory_bytes {
+            control(Role::Memory).limit_memory(new.memory_bytes.unwrap_or(NO_CEILING_BYTES))?;
+            now.memory_bytes = new.memory_bytes;
+        }
+        if now.cpu_weight != new.cpu_weight {
+            control(Role::Cpu).weigh_cpu(new.cpu_weight.unwrap_or(DEFAULT_WEIGHT))?;
+            now.cpu_weight = new.cpu_weight;
+        }
+        if now.pids != new.pids {
+            control(Role::Pids).limit_pids(new.pids.unwrap_or(NO_CEILING_PIDS))?;
+            now.pids = new.pids;
+        }
+        // the one that may have to be tried again
+        if now.cpu_millicores != new.cpu_millicores {
+            control(Role::Cpu).limit_cpu_of_all(new.cpu_millicores.unwrap_or(NO_CEILING_MILLICORES))?;
+            now.cpu_millicores = new.cpu_millicores;
+        }
+        Ok(())
+    }
 }
 
 impl Tree {
@@ -120,18 +160,29 @@ impl Tree {
             if let Some(v2) = self.plan.v2 {
                 v2::delegate(&level.0[v2], &self.plan.v2_delegation())?;
             }
-            let level = Rc::new(level);
-            let ceiling = Ceiling::default();
-            self.tenants.insert(name.clone(), Tenant { level, ceiling, sandboxes: 0, idle_since: Instant::now() });
+            self.tenants.insert(name.clone(), Tenant::new(level));
         }
         let Some(tenant) = self.tenants.get_mut(name) else {
             return Err(Errno::ENOENT);
         };
-        if tenant.ceiling != ceiling {
-            apply_ceiling(&self.plan, &tenant.level, tenant.ceiling, ceiling)?;
-            tenant.ceiling = ceiling;
+        if tenant.wanted != ceiling {
+            tenant.wanted = ceiling;
+            tenant.wanted_until = Instant::now() + CEILING_WITHIN;
         }
-        Ok(())
+        match tenant.apply_ceiling(&self.plan) {
+            // soon; until then its jobs, those to come included, have no more than that each
+            Err(Errno::EINVAL) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Tries ceilings again that the kernel has refused. Returns when to look again.
+    pub(crate) fn apply_ceilings(&mut self, now: Instant) -> Option<Instant> {
+        let mut refused = false;
+        for tenant in self.tenants.values_mut().filter(|tenant| now < tenant.wanted_until) {
+            refused |= tenant.apply_ceiling(&self.plan).is_err();
+        }
+        refused.then_some(now + CEILING_AGAIN)
     }
 
     /// Changes the ceiling of a tenant that has a cgroup; one that has none gets its ceiling with its next sandbox.
@@ -230,24 +281,6 @@ fn sweep_once(parent: &Dir, name: &str) -> bool {
         let _ = kill(pid, Signal::SIGKILL);
     }
     parent.remove(name).is_ok()
-}
-
-/// Writes what of a tenant's ceiling has changed.
-fn apply_ceiling(plan: &Plan, level: &Level, old: Ceiling, new: Ceiling) -> nix::Result<()> {
-    let control = |role| plan.control(level, role);
-    if old.memory_bytes != new.memory_bytes {
-        control(Role::Memory).limit_memory(new.memory_bytes.unwrap_or(NO_CEILING_BYTES))?;
-    }
-    if old.cpu_millicores != new.cpu_millicores {
-        control(Role::Cpu).limit_cpu(new.cpu_millicores.unwrap_or(NO_CEILING_MILLICORES))?;
-    }
-    if old.cpu_weight != new.cpu_weight {
-        control(Role::Cpu).weigh_cpu(new.cpu_weight.unwrap_or(DEFAULT_WEIGHT))?;
-    }
-    if old.pids != new.pids {
-        control(Role::Pids).limit_pids(new.pids.unwrap_or(NO_CEILING_PIDS))?;
-    }
-    Ok(())
 }
 
 // What a ceiling becomes when it is taken away again: beyond what any machine has, but written out, because "max" and

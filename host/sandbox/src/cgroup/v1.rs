@@ -48,6 +48,11 @@ pub(super) fn limit_cpu(dir: &Dir, quota_us: u64, period_us: u64) -> nix::Result
     dir.confirm("cpu.cfs_quota_us", quota_us)
 }
 
+/// CPU time in a period; `None` if there is no limit.
+pub(super) fn cpu_quota(dir: &Dir) -> Option<u64> {
+    dir.number("cpu.cfs_quota_us") // -1 without a limit, which is no such number
+}
+
 /// `cpu.shares` is 1024 where `cpu.weight` is 100, within the kernel's bounds of 2 and 2^18.
 pub(super) fn weigh_cpu(dir: &Dir, weight: u32) -> nix::Result<()> {
     let shares = (u64::from(weight) * 1024 / 100).clamp(2, 1 << 18);

@@ -9,7 +9,7 @@ mod live;
 mod outbox;
 mod start;
 mod sweeper;
-mod verify;
+pub(crate) mod verify;
 
 use std::collections::{BTreeSet, HashMap};
 use std::os::fd::{AsFd, OwnedFd};
@@ -127,7 +127,8 @@ impl Launcher<'_> {
         let alarm = self.alarms.first().map(|(at, _)| *at);
         let leaving = (!self.leaving.is_empty()).then(|| now + REMOVE_AGAIN);
         let idle = self.tree.remove_idle_tenants(now);
-        let next = [alarm, leaving, idle].into_iter().flatten().min();
+        let ceilings = self.tree.apply_ceilings(now);
+        let next = [alarm, leaving, idle, ceilings].into_iter().flatten().min();
         let timeout = next.map_or(EpollTimeout::NONE, |at| {
             // rounded up: a timer that rings early would ring again and again until it is due
             let ms = at.saturating_duration_since(now).as_micros().div_ceil(1000);
@@ -157,7 +158,11 @@ impl Launcher<'_> {
                     }
                 }
                 ToLauncher::Kill(id) => self.kill(id, KillCause::Requested),
-                ToLauncher::SetCeiling { tenant, ceiling } => self.tree.set_ceiling(&tenant, ceiling),
+                ToLauncher::SetCeiling { tenant, ceiling } => {
+                    if ceiling.check().is_ok() {
+                        self.tree.set_ceiling(&tenant, ceiling);
+                    }
+                }
                 ToLauncher::Configure(_) => return false,
             }
         }

@@ -96,14 +96,14 @@ fn read(pid: Pid, file: &str) -> std::io::Result<String> {
 }
 
 /// `/proc/PID/status`.
-struct Status(HashMap<String, String>);
+pub(crate) struct Status(HashMap<String, String>);
 
 impl Status {
     fn of(pid: Pid) -> std::io::Result<Self> {
         Ok(Self::parse(&read(pid, "status")?))
     }
 
-    fn parse(text: &str) -> Self {
+    pub(crate) fn parse(text: &str) -> Self {
         let fields = text.lines().filter_map(|line| line.split_once(':'));
         Self(fields.map(|(key, value)| (key.to_owned(), value.trim().to_owned())).collect())
     }
@@ -127,13 +127,13 @@ impl Status {
     }
 
     /// No capability, `no_new_privs`, and seccomp in filter mode with this many filters.
-    fn confined(&self, filters: u32) -> bool {
+    pub(crate) fn confined(&self, filters: u32) -> bool {
         let filtered = self.number("Seccomp", 10) == 2 && self.filters() == Some(filters);
         self.capabilities() == 0 && self.number("NoNewPrivs", 10) == 1 && filtered
     }
 
     /// Real, effective, saved and file-system id are all `id`.
-    fn only_id(&self, field: &str, id: u32) -> bool {
+    pub(crate) fn only_id(&self, field: &str, id: u32) -> bool {
         let ids: Vec<&str> = self.field(field).split_whitespace().collect();
         ids.len() == 4 && ids.iter().all(|text| text.parse() == Ok(id))
     }

@@ -44,6 +44,7 @@ impl Task for Action {
                 }
             }
             "orphan spins 300 ms" => spin_in_an_orphan(Duration::from_millis(300)),
+            "escape" => crate::escape::tell(),
             other => panic!("no action {other}"),
         }
         0

@@ -7,6 +7,7 @@
 
 mod client;
 mod death;
+mod escape;
 mod faults;
 mod hostile;
 mod inside;
@@ -34,6 +35,7 @@ fn main() {
     trials.extend(lies::trials());
     trials.extend(hostile::trials());
     trials.extend(death::trials());
+    trials.extend(escape::trials());
     // the longest begin first
     trials.splice(0..0, stuck::trials());
     let names: Vec<String> = trials.iter().map(|trial| trial.name().to_owned()).collect();

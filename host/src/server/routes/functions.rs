@@ -166,7 +166,20 @@ fn bad(why: &impl Display) -> Problem {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn nothing_of_a_uri_is_lost_or_added(rest in "(/[!-~&&[^?#]]{0,20})?(\\?[!-~&&[^#]]{0,20})?") {
+            let Ok(uri) = format!("/fn/t/p{rest}").parse::<Uri>() else { return Ok(()) };
+            let target = Target::of(&uri).unwrap();
+            prop_assert_eq!((&*target.tenant, &*target.plugin), ("t", "p"));
+            let slash = if rest.starts_with('/') { "" } else { "/" };
+            prop_assert_eq!(target.uri.to_string(), format!("{slash}{rest}"));
+        }
+    }
 
     #[test]
     fn the_guest_sees_the_rest_of_the_uri_as_it_came() {

@@ -9,7 +9,6 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
-use multer::{Constraints, Multipart, SizeLimit};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::{IntoParams, ToSchema};
@@ -23,16 +22,11 @@ use crate::server::body::{
     BodyError, PacedBody, media_type, parse_object, read_json, refuse_encoding, refuse_longer_than, too_large,
 };
 use crate::server::conditions::{Conditions, etag, etag_header};
+use crate::server::form::{Form, FormError, Part, whole_bytes};
 use crate::server::problem::{Code, Problem};
 use crate::store::{Change, Precondition, StoreError};
 use crate::tenant::{Caller, QuotaKey, Tenant};
 use crate::upload::{CompileError, Upload, UploadError, receive};
-
-/// The longest manifest.
-const MAX_MANIFEST_BYTES: u64 = 1024 * 1024;
-
-/// What the boundaries and headers of a multipart body may add to its parts.
-const MULTIPART_OVERHEAD_BYTES: u64 = 64 * 1024;
 
 /// A plugin.
 #[derive(Serialize, ToSchema)]
@@ -240,43 +234,35 @@ async fn receive_upload(
         return Ok((upload, None));
     }
     let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let boundary = multer::parse_boundary(content_type).map_err(broken_multipart)?;
-    let whole = most + MAX_MANIFEST_BYTES + MULTIPART_OVERHEAD_BYTES;
-    refuse_longer_than(headers, whole)?;
-    let sizes = SizeLimit::new().whole_stream(whole).for_field("manifest", MAX_MANIFEST_BYTES);
-    let constraints = Constraints::new().allowed_fields(vec!["artifact", "manifest"]).size_limit(sizes);
+    refuse_longer_than(headers, whole_bytes(most))?;
     let body = PacedBody::new(body, app.connections.reading);
-    let mut parts = Multipart::with_constraints(body, boundary, constraints);
+    let mut form = Form::new(body, content_type, most)?;
     let (mut upload, mut manifest) = (None, None);
-    while let Some(part) = parts.next_field().await.map_err(broken_multipart)? {
-        match part.name() {
-            Some("artifact") if upload.is_none() => {
-                let received = receive(app.store.dir(), most, part).await;
-                upload = Some(received.map_err(|error| not_received(error, broken_multipart))?);
+    while let Some(part) = form.next().await? {
+        match part {
+            Part::Artifact(field) => {
+                let received = receive(app.store.dir(), most, field).await;
+                upload = Some(received.map_err(|error| not_received(error, |broken| FormError::from(broken).into()))?);
             }
-            Some("manifest") if manifest.is_none() => {
-                let bytes = part.bytes().await.map_err(broken_multipart)?;
-                manifest = Some(parse_object::<PluginSettings>(&bytes)?);
-            }
-            _ => {
-                return Err(Problem::malformed("multipart: the parts are one `artifact` and at most one `manifest`"));
-            }
+            Part::Manifest(bytes) => manifest = Some(parse_object::<PluginSettings>(&bytes)?),
         }
     }
     let upload = upload.ok_or_else(|| Problem::malformed("multipart: the part `artifact` is missing"))?;
     Ok((upload, manifest))
 }
 
-fn broken_multipart(error: multer::Error) -> Problem {
-    match error {
-        multer::Error::FieldSizeExceeded { limit, .. } | multer::Error::StreamSizeExceeded { limit } => {
-            too_large(limit)
+impl From<FormError> for Problem {
+    fn from(error: FormError) -> Self {
+        match error {
+            FormError::Broken(
+                multer::Error::FieldSizeExceeded { limit, .. } | multer::Error::StreamSizeExceeded { limit },
+            ) => too_large(limit),
+            FormError::Broken(multer::Error::StreamReadFailed(source)) => match source.downcast_ref::<BodyError>() {
+                Some(error) => (*error).into(),
+                None => Self::malformed("the body broke off"),
+            },
+            other => Self::malformed(other.to_string()),
         }
-        multer::Error::StreamReadFailed(source) => match source.downcast_ref::<BodyError>() {
-            Some(error) => (*error).into(),
-            None => Problem::malformed("the body broke off"),
-        },
-        other => Problem::malformed(format!("multipart: {other}")),
     }
 }
 

@@ -34,7 +34,7 @@ pub(crate) enum Test {
 }
 
 /// `AUDIT_ARCH_X86_64`: EM_X86_64, 64 bit, little endian (`linux/audit.h`).
-const AUDIT_ARCH_X86_64: u32 = 62 | 0x8000_0000 | 0x4000_0000;
+pub(super) const AUDIT_ARCH_X86_64: u32 = 62 | 0x8000_0000 | 0x4000_0000;
 
 /// The first number of the x32 ABI (`__X32_SYSCALL_BIT`), which shares the architecture's token.
 const X32_BIT: u32 = 0x4000_0000;
@@ -178,17 +178,13 @@ fn always(skip: usize) -> sock_filter {
     statement(libc::BPF_JMP | libc::BPF_JA, skip)
 }
 
+/// What a filter says, found as the kernel would.
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
-    const KILL: u32 = libc::SECCOMP_RET_KILL_PROCESS;
-    const EPERM: u32 = libc::SECCOMP_RET_ERRNO | 1;
-    const ENOSYS: u32 = libc::SECCOMP_RET_ERRNO | 38;
+pub(super) mod interpreter {
+    use libc::sock_filter;
 
     /// Runs a filter as the kernel would.
-    fn run(program: &[sock_filter], arch: u32, nr: u32, args: [u64; 6]) -> u32 {
+    pub(in crate::init::seccomp) fn run(program: &[sock_filter], arch: u32, nr: u32, args: [u64; 6]) -> u32 {
         let mut data = Vec::new();
         data.extend(nr.to_le_bytes());
         data.extend(arch.to_le_bytes());
@@ -216,6 +212,17 @@ mod tests {
             }
         }
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::interpreter::run;
+    use super::*;
+
+    const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
+    const KILL: u32 = libc::SECCOMP_RET_KILL_PROCESS;
+    const EPERM: u32 = libc::SECCOMP_RET_ERRNO | 1;
+    const ENOSYS: u32 = libc::SECCOMP_RET_ERRNO | 38;
 
     fn native(program: &[sock_filter], nr: u32, args: [u64; 6]) -> u32 {
         run(program, AUDIT_ARCH_X86_64, nr, args)

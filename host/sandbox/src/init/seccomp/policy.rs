@@ -68,13 +68,26 @@ const NAMESPACES: u32 = bits(
 /// Threads and processes only.
 static PLAIN_CLONE: Test = Test::Masked { arg: 0, mask: NAMESPACES, value: 0 };
 
-/// Unix sockets of the three ordinary types and no protocol. Type flags (`SOCK_CLOEXEC`…) are above the low nibble.
+/// Unix sockets of the three ordinary types and no protocol.
 static UNIX_SOCKET: Test = Test::All(&[
     Test::Masked { arg: 0, mask: u32::MAX, value: bits(libc::AF_UNIX) },
-    Test::Masked { arg: 1, mask: !bits(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK | 7), value: 0 },
-    Test::NoneOf { arg: 1, values: &[bits(libc::SOCK_RAW), bits(libc::SOCK_RDM)] },
+    Test::OneOf { arg: 1, values: &UNIX_TYPES },
     Test::Masked { arg: 2, mask: u32::MAX, value: 0 },
 ]);
+
+/// Each type with each of its flags, in full: a type that is refused alone must be so with a flag too.
+const UNIX_TYPES: [u32; 12] = {
+    let types = [bits(libc::SOCK_STREAM), bits(libc::SOCK_DGRAM), bits(libc::SOCK_SEQPACKET)];
+    let flags =
+        [0, bits(libc::SOCK_CLOEXEC), bits(libc::SOCK_NONBLOCK), bits(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK)];
+    let mut all = [0; 12];
+    let mut i = 0;
+    while i < all.len() {
+        all[i] = types[i / flags.len()] | flags[i % flags.len()];
+        i += 1;
+    }
+    all
+};
 
 /// No out-of-band data: its handling on Unix sockets was a way into the kernel (CVE-2025-38236).
 static NO_OOB_ARG2: Test = Test::Masked { arg: 2, mask: bits(libc::MSG_OOB), value: 0 };
