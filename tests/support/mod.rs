@@ -8,6 +8,7 @@
 pub mod elf;
 pub mod family;
 pub mod inspect;
+pub mod plain;
 pub mod raw;
 pub mod wat;
 

@@ -5,6 +5,7 @@ mod body;
 mod conditions;
 mod connection;
 mod exchange;
+mod json;
 mod pace;
 mod problem;
 mod routes;

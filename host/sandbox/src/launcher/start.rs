@@ -25,7 +25,7 @@ use crate::error::in_words;
 use crate::init::{identity, root};
 use crate::protocol::{FromLauncher, LauncherConfig, ToLauncher, VERSION};
 use crate::sys::mount::{MountAttr, attach, clone_mount, make_all_private, new_mount, restrict};
-use crate::sys::process::{SingleThreaded, inherited_fd};
+use crate::sys::process::{SingleThreaded, inherited_fd, keep_capabilities_as_any_user};
 use crate::uids::UidPool;
 use crate::usage::Namespaces;
 use crate::wire::Packets;
@@ -184,6 +184,7 @@ fn settle<'w>(
         prctl::set_name(c"holm-launcher").map_err(fail("set the process name"))?;
         let sweeper = sweeper::start(&proof, &tree.remains(), uids.claim_fd()).map_err(fail("fork the sweeper"))?;
         raise_open_files();
+        keep_capabilities_as_any_user().map_err(fail("keep capabilities"))?;
         keep_few_capabilities().map_err(|error| format!("drop capabilities: {error}"))?;
         identity::become_non_dumpable().map_err(fail("become non-dumpable"))?;
         let own = verify::namespaces_of(Pid::this()).map_err(|error| format!("read own namespaces: {error}"))?;
