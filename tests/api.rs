@@ -264,7 +264,7 @@ fn without_a_valid_key_everything_is_401_whether_it_exists_or_not() {
 }
 
 #[test]
-fn only_one_whole_bearer_key_is_taken() {
+fn h6_only_one_whole_bearer_key_is_taken() {
     let server = Server::start();
     let status = |headers: &[&str]| {
         let mut raw = Raw::connect(&server);
@@ -292,7 +292,7 @@ fn only_one_whole_bearer_key_is_taken() {
 }
 
 #[test]
-fn what_is_another_tenants_is_404_exactly_as_what_does_not_exist() {
+fn x11_what_is_another_tenants_is_404_exactly_as_what_does_not_exist() {
     let server = Server::start().with_probe();
     server.tenant("other", &json!({}));
     server.upload("other", "probe", &native("probe"));

@@ -54,7 +54,7 @@ fn with(mut bytes: Vec<u8>, offset: usize, new: &[u8]) -> Vec<u8> {
     bytes
 }
 
-#[test]
+#[test] // W9
 fn what_is_no_program_is_called_by_its_name() {
     let server = start();
     refuse(&server, b"", &["empty"]);
@@ -151,7 +151,7 @@ fn a_module_without_a_start_is_refused() {
 }
 
 #[test]
-fn a_module_that_takes_too_much_to_compile_is_refused_with_the_limit() {
+fn w1_a_module_that_takes_too_much_to_compile_is_refused_with_the_limit() {
     for (config, word) in [
         ("compile_artifact_bytes = 1000", "1000 bytes of compiled code"),
         ("compile_memory_bytes = 4194304", "4194304 bytes of memory"),
@@ -241,7 +241,7 @@ fn a_manifest_that_does_not_fit_is_422() {
     assert_unchanged(&server, &before);
 }
 
-#[test]
+#[test] // H5
 fn forms_that_are_none_are_400() {
     let server = start();
     let before = server.get(PATH).json();

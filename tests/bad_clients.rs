@@ -56,7 +56,7 @@ fn a_body_shorter_than_its_length_changes_nothing() {
 }
 
 #[test]
-fn what_comes_beyond_the_length_is_no_part_of_the_body() {
+fn h3_what_comes_beyond_the_length_is_no_part_of_the_body() {
     let server = start();
     let mut raw = Raw::connect(&server);
     raw.send(head(&format!("POST {ECHO}"), &["Content-Length: 5"]).as_bytes());
@@ -67,8 +67,8 @@ fn what_comes_beyond_the_length_is_no_part_of_the_body() {
     server.assert_healthy();
 }
 
-#[test]
-fn pipelined_requests_are_answered_in_order() {
+#[test] // H3, H5
+fn h3_pipelined_requests_are_answered_in_order() {
     let server = start();
     let mut raw = Raw::connect(&server);
     let requests: String = ["one", "two", "three"]
@@ -81,7 +81,7 @@ fn pipelined_requests_are_answered_in_order() {
 }
 
 #[test]
-fn a_request_with_two_framings_cannot_smuggle_another_one() {
+fn h3_a_request_with_two_framings_cannot_smuggle_another_one() {
     let server = start();
     let smuggled = head("DELETE /v1/tenants/t", &[]);
     let body = format!("0\r\n\r\n{smuggled}");
@@ -98,7 +98,7 @@ fn a_request_with_two_framings_cannot_smuggle_another_one() {
 }
 
 #[test]
-fn framing_that_is_none_is_400() {
+fn h3_framing_that_is_none_is_400() {
     let server = start();
     for header in [
         "Content-Length: 5\r\nContent-Length: 6",
@@ -137,7 +137,7 @@ fn throw(server: &Server, bytes: &[u8]) -> Vec<u16> {
 }
 
 #[test]
-fn requests_that_are_none_are_refused() {
+fn h5_requests_that_are_none_are_refused() {
     let server = start();
     for line in [
         "GET",
@@ -177,7 +177,7 @@ fn requests_that_are_none_are_refused() {
 }
 
 #[test]
-fn no_garbage_makes_a_server_error() {
+fn h5_no_garbage_makes_a_server_error() {
     let server = start();
     let mut seed = 0x9e37_79b9_u32;
     let mut random = |below: usize| {
@@ -213,7 +213,7 @@ fn no_garbage_makes_a_server_error() {
 }
 
 #[test]
-fn headers_that_do_not_come_to_an_end_are_cut_off() {
+fn h1_headers_that_do_not_come_to_an_end_are_cut_off() {
     let server = start_with("header_timeout_ms = 400");
     let mut good = Raw::connect(&server);
     good.head("GET /healthz", &[]);
@@ -249,7 +249,7 @@ fn a_connection_is_kept_between_requests_until_it_has_been_idle_for_too_long() {
 }
 
 #[test]
-fn bodies_that_come_too_slowly_are_cut_off() {
+fn h2_bodies_that_come_too_slowly_are_cut_off() {
     let server = start_with("body_grace_ms = 500\nbody_bytes_per_second = 100000");
     for line in [format!("PUT {TENANT}"), "PUT /v1/tenants/t/plugins/slow".to_owned()] {
         let mut silent = Raw::request(&server, &line, &["Content-Length: 1000"]);
@@ -270,7 +270,7 @@ fn bodies_that_come_too_slowly_are_cut_off() {
 }
 
 #[test]
-fn a_body_that_flows_is_waited_for_but_not_for_ever() {
+fn h2_a_body_that_flows_is_waited_for_but_not_for_ever() {
     let config = "body_grace_ms = 200\nbody_bytes_per_second = 1000\nbody_timeout_ms = 2000";
     let server = start_with(config);
     let put = format!("PUT {TENANT}");
@@ -300,7 +300,7 @@ fn is_established(server: &Server, raw: &Raw) -> bool {
 }
 
 #[test]
-fn a_client_that_does_not_read_is_cut_off_and_others_are_served() {
+fn h2_a_client_that_does_not_read_is_cut_off_and_others_are_served() {
     let server = start_with("body_grace_ms = 1000\nbody_bytes_per_second = 1000000000");
     let flood = [r#"Holm-Args: ["flood", "stdout", "24"]"#, r#"Holm-Limits: {"output_bytes": 33554432}"#];
     let whole = 24 << 20;
@@ -315,7 +315,7 @@ fn a_client_that_does_not_read_is_cut_off_and_others_are_served() {
 }
 
 #[test]
-fn idle_connections_beyond_the_cap_give_way_the_oldest_first() {
+fn h1_idle_connections_beyond_the_cap_give_way_the_oldest_first() {
     let server = start_with("connections = 4");
     let get = |raw: &mut Raw| {
         raw.head("GET /healthz", &[]);

@@ -31,7 +31,7 @@ fn settings(server: &Server) -> [Value; 2] {
     [server.get(TENANT).expect(200).json(), server.get(PLUGIN).expect(200).json()]
 }
 
-#[test]
+#[test] // H5
 fn what_is_no_json_object_is_400_and_changes_nothing() {
     let server = start();
     let before = settings(&server);
@@ -135,7 +135,7 @@ fn out_of_range(answer: &Answer, limit: &str, given: &Value, minimum: &Value, ma
 }
 
 #[test]
-fn the_ends_of_each_range_are_taken_and_what_lies_beyond_is_422() {
+fn r16_the_ends_of_each_range_are_taken_and_what_lies_beyond_is_422() {
     let server = start();
     let patch = |limit: &str, value: &Value| server.patch_json(PLUGIN, &json!({"limits": {limit: value}}));
     let check = |limit: &str, least: &Value, most: &Value, beyond: [Value; 2]| {
@@ -160,8 +160,8 @@ fn the_ends_of_each_range_are_taken_and_what_lies_beyond_is_422() {
     check("memory_bytes", &json!(16 * MIB), &json!(4096 * MIB), [json!(16 * MIB - 1), json!(4096 * MIB + 1)]);
 }
 
-#[test]
-fn no_value_means_unlimited_wherever_it_stands() {
+#[test] // R16, H5
+fn r16_no_value_means_unlimited_wherever_it_stands() {
     let server = start();
     let before = settings(&server);
     for (limit, minimum, maximum) in LIMITS {
@@ -356,7 +356,7 @@ fn headers_of_a_job_are_ascii_json_of_the_right_shape() {
     assert_eq!(server.get("/v1/tenants/t/jobs").json()["jobs"], json!([]), "nothing has run");
 }
 
-#[test]
+#[test] // H5
 fn headers_of_a_job_come_once_and_in_ascii() {
     let server = start();
     for (name, value) in [("Holm-Limits", "{}"), ("Holm-Args", r#"["exit", "0"]"#), ("Holm-Env", "{}")] {

@@ -81,7 +81,7 @@ fn start_again(dir: TempDir) -> Server {
 }
 
 #[test]
-fn a_killed_server_s_jobs_cgroups_and_uids_are_gone_within_two_seconds() {
+fn l11_a_killed_server_s_jobs_cgroups_and_uids_are_gone_within_two_seconds() {
     let (mut server, locks) = start_alone();
     let (jobs, mut processes) = crowd(&server);
     let mut upload = Raw::request(&server, &format!("PUT {ECHO}"), &["transfer-encoding: chunked"]);
@@ -100,7 +100,7 @@ fn a_killed_server_s_jobs_cgroups_and_uids_are_gone_within_two_seconds() {
 }
 
 #[test]
-fn a_killed_launcher_takes_its_sandboxes_along_and_the_server_ends_in_order_with_an_error() {
+fn l11_a_killed_launcher_takes_its_sandboxes_along_and_the_server_ends_in_order_with_an_error() {
     let (mut server, locks) = start_alone();
     let (jobs, mut processes) = crowd(&server);
     processes.push(server.sweeper());
@@ -117,7 +117,7 @@ fn a_killed_launcher_takes_its_sandboxes_along_and_the_server_ends_in_order_with
 }
 
 #[test]
-fn what_nobody_is_left_to_sweep_is_swept_by_the_next_start() {
+fn l11_what_nobody_is_left_to_sweep_is_swept_by_the_next_start() {
     let mut server = start();
     let (jobs, processes) = crowd(&server);
     server.sweeper().signal(Signal::SIGKILL);
@@ -197,7 +197,7 @@ fn a_sandbox_that_somebody_on_the_host_kills_is_lost_and_its_neighbours_go_on() 
     server.assert_healthy();
 }
 
-#[test]
+#[test] // L5
 fn a_sandbox_that_stands_still_is_ended_at_its_deadline() {
     let server = start();
     for plugin in ["probe", "echo"] {

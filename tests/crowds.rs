@@ -203,8 +203,8 @@ fn a_backlog_delays_another_tenant_s_job_by_one_place_at_most() {
     }
 }
 
-#[test]
-fn twenty_clients_that_hang_up_at_once_take_their_jobs_along_bombs_and_all() {
+#[test] // L3, L7
+fn l3_twenty_clients_that_hang_up_at_once_take_their_jobs_along_bombs_and_all() {
     let server = start_with("");
     let limits = "holm-limits: {\"pids\": 24}";
     let args = [
@@ -252,7 +252,7 @@ fn directories(root: &Path) -> usize {
 }
 
 #[test]
-fn three_hundred_jobs_leave_as_many_descriptors_mounts_and_cgroups_as_before() {
+fn l8_three_hundred_jobs_leave_as_many_descriptors_mounts_and_cgroups_as_before() {
     let server = start_with("");
     let run = |each: usize| {
         std::thread::scope(|scope| {

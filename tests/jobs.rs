@@ -275,7 +275,7 @@ fn cancel(server: &Server, id: &str) -> Answer {
     server.operator("POST", &format!("/v1/jobs/{id}/cancel"), &[], b"")
 }
 
-#[test]
+#[test] // L7
 fn cancel_answers_when_a_running_job_is_dead() {
     let server = start();
     let answer = meanwhile(&server, "running", |id| {
@@ -293,7 +293,7 @@ fn cancel_answers_when_a_running_job_is_dead() {
 }
 
 #[test]
-fn cancel_answers_when_a_job_that_is_being_launched_is_dead() {
+fn l7_cancel_answers_when_a_job_that_is_being_launched_is_dead() {
     let server = start();
     for _ in 0..10 {
         let answer = meanwhile(&server, "running", |id| {
@@ -305,7 +305,7 @@ fn cancel_answers_when_a_job_that_is_being_launched_is_dead() {
 }
 
 #[test]
-fn cancel_takes_a_waiting_job_out_of_the_queue() {
+fn l7_cancel_takes_a_waiting_job_out_of_the_queue() {
     let server = Server::start_with("jobs_running = 1").with_probe();
     let running = meanwhile(&server, "running", |running| {
         let queued = meanwhile(&server, "queued", |queued| {
@@ -322,7 +322,7 @@ fn cancel_takes_a_waiting_job_out_of_the_queue() {
 }
 
 #[test]
-fn a_finished_job_cannot_be_cancelled_and_keeps_its_outcome() {
+fn l7_a_finished_job_cannot_be_cancelled_and_keeps_its_outcome() {
     let server = start();
     let id = server.probe(&["exit", "0"], &json!({}))["id"].as_str().unwrap().to_owned();
     assert_eq!(cancel(&server, &id).problem(409), "job_finished");

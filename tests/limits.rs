@@ -53,8 +53,8 @@ fn cpu(record: &Value) -> u64 {
     used(record, "cpu_user_us") + used(record, "cpu_system_us")
 }
 
-#[test]
-fn memory_ends_the_whole_job_and_its_peak_is_never_more() {
+#[test] // R3, R5
+fn r3_memory_ends_the_whole_job_and_its_peak_is_never_more() {
     let server = start();
     for limit in [8 * MIB, 32 * MIB, 128 * MIB] {
         let (limits, mib) = (json!({"memory_bytes": limit}), limit / MIB);
@@ -76,7 +76,7 @@ fn memory_ends_the_whole_job_and_its_peak_is_never_more() {
 }
 
 #[test]
-fn files_in_tmp_are_memory_too() {
+fn r3_files_in_tmp_are_memory_too() {
     let server = start();
     let (limits, bytes) = (json!({"memory_bytes": 16 * MIB, "scratch_bytes": 64 * MIB}), |mib: u64| mib * MIB);
     let under = bytes(8).to_string();
@@ -86,8 +86,8 @@ fn files_in_tmp_are_memory_too() {
     assert!(used(&record, "memory_peak_bytes") <= 16 * MIB, "{record}");
 }
 
-#[test]
-fn a_guest_s_memory_grows_to_the_limit_and_no_further() {
+#[test] // W3, W2
+fn w3_a_guest_s_memory_grows_to_the_limit_and_no_further() {
     let server = start();
     let grow = |pages: u32| {
         let touch = format!("(if (i32.eq (memory.grow (i32.const {pages})) (i32.const -1)) (then unreachable))");
@@ -109,7 +109,7 @@ fn a_guest_s_memory_grows_to_the_limit_and_no_further() {
 }
 
 #[test]
-fn cpu_time_of_every_process_counts_and_ends_the_job() {
+fn r6_cpu_time_of_every_process_counts_and_ends_the_job() {
     let server = start();
     for way in ["burn", "burn-in-grandchild"] {
         let record = well(&server, &[way, "200"], &json!({"cpu_time_ms": 400}));
@@ -124,7 +124,7 @@ fn cpu_time_of_every_process_counts_and_ends_the_job() {
 }
 
 #[test]
-fn processes_and_threads_are_as_many_as_pids_and_no_more() {
+fn r1_processes_and_threads_are_as_many_as_pids_and_no_more() {
     let server = start();
     for pids in [1, 2, 16, 64] {
         let limits = json!({ "pids": pids });
@@ -142,7 +142,7 @@ fn processes_and_threads_are_as_many_as_pids_and_no_more() {
 }
 
 #[test]
-fn output_is_cut_at_its_limit_to_the_byte() {
+fn r10_output_is_cut_at_its_limit_to_the_byte() {
     let server = start();
     for (mib, stream) in [(1, "stdout"), (1, "stderr"), (3, "stdout")] {
         let exactly = json!({"output_bytes": mib * MIB});
@@ -168,7 +168,7 @@ fn output_is_cut_at_its_limit_to_the_byte() {
 }
 
 #[test]
-fn a_flood_leaves_the_server_s_memory_as_it_was() {
+fn r10_a_flood_leaves_the_server_s_memory_as_it_was() {
     let server = start();
     let resident = || -> u64 {
         let line = Process(server.pid()).status()["VmRSS"].clone();
@@ -207,7 +207,7 @@ fn a_flood_leaves_the_server_s_memory_as_it_was() {
 }
 
 #[test]
-fn fuel_is_exact_and_the_same_every_time() {
+fn w12_fuel_is_exact_and_the_same_every_time() {
     let server = start();
     server.upload("t", "count", &wasm("word-count"));
     server.upload("t", "loop", command(&[], "(global $n (mut i32) (i32.const 1000))", FINITE).as_bytes());
@@ -235,7 +235,7 @@ const FINITE: &str = "
         (br_if $again (global.get $n)))";
 
 #[test]
-fn open_files_are_as_many_as_the_limit_and_no_more() {
+fn r8_open_files_are_as_many_as_the_limit_and_no_more() {
     let server = start();
     for files in [16, 64, 1000] {
         let limits = json!({ "open_files": files });
@@ -272,7 +272,7 @@ fn files_in_tmp(open: bool) -> String {
     )
 }
 
-#[test]
+#[test] // R8, R9, W5
 fn a_guest_is_told_of_too_many_files_and_inodes() {
     let server = start();
     let run = |artifact: &str, limits: Value| {
@@ -290,7 +290,7 @@ fn a_guest_is_told_of_too_many_files_and_inodes() {
 }
 
 #[test]
-fn tmp_holds_as_much_as_the_limit_and_no_more() {
+fn r9_tmp_holds_as_much_as_the_limit_and_no_more() {
     let server = start();
     for bytes in [4096, 65_536, 4 * MIB] {
         let limits = json!({ "scratch_bytes": bytes });
@@ -309,7 +309,7 @@ fn tmp_holds_as_much_as_the_limit_and_no_more() {
 }
 
 #[test]
-fn the_stack_is_as_deep_as_the_limit() {
+fn w7_the_stack_is_as_deep_as_the_limit() {
     let server = start();
     for mib in [1, 8, 32] {
         let limits = json!({"stack_bytes": mib * MIB});

@@ -77,7 +77,7 @@ fn a_signal_is_the_one_that_ended_the_program() {
 }
 
 #[test]
-fn signals_to_everything_stay_in_the_job() {
+fn l5_signals_to_everything_stay_in_the_job() {
     let server = start();
     let struck = server.probe(&["strike-init"], &json!({}));
     assert_eq!((&struck["outcome"], &struck["output"]), (&exited(0), &json!("the init lives\n")));
@@ -89,15 +89,15 @@ fn signals_to_everything_stay_in_the_job() {
 }
 
 #[test]
-fn a_job_that_stops_itself_is_ended_by_its_deadline() {
+fn l5_a_job_that_stops_itself_is_ended_by_its_deadline() {
     let server = start();
     let outcome = server.probe(&["signal", "19"], &json!({"wall_time_ms": 200}))["outcome"].clone();
     assert_eq!((&outcome["kind"], &outcome["limit"]), (&json!("over_limit"), &json!("wall_time_ms")));
     server.assert_healthy();
 }
 
-#[test]
-fn the_main_process_ends_the_job_whatever_it_leaves_behind() {
+#[test] // L2, R10
+fn l2_the_main_process_ends_the_job_whatever_it_leaves_behind() {
     let server = start();
     for (words, output) in [(&["hold-output", "20000"][..], "early\n"), (&["leave-behind", "6", "20000"], "")] {
         let record = server.probe(words, &json!({}));
@@ -121,7 +121,7 @@ fn a_job_without_streams_still_ends_as_it_likes() {
 }
 
 #[test]
-fn a_job_cannot_forge_its_own_verdict() {
+fn i1_a_job_cannot_forge_its_own_verdict() {
     let server = start();
     for code in [0, 7] {
         let record = server.probe(&["forge", &code.to_string()], &json!({}));
@@ -146,7 +146,7 @@ fn a_job_cannot_forge_its_own_verdict() {
     server.assert_healthy();
 }
 
-#[test]
+#[test] // W4
 fn a_trap_is_called_by_its_code() {
     let server = start();
     let zero = "(global $zero (mut i32) (i32.const 0))";
@@ -176,8 +176,8 @@ fn a_trap_is_called_by_its_code() {
     server.assert_healthy();
 }
 
-#[test]
-fn no_abuse_of_wasi_is_more_than_the_guest_s_own_failure() {
+#[test] // W4, W5, W6
+fn w4_no_abuse_of_wasi_is_more_than_the_guest_s_own_failure() {
     let server = start();
     let numbers = ["0", "3", "4", "-1"];
     let each_pair = |call: &str| -> String {

@@ -96,7 +96,7 @@ fn cpu_is_shared_by_weight_under_contention() {
 }
 
 #[test]
-fn an_oom_takes_the_whole_job_within_100_ms() {
+fn r5_an_oom_takes_the_whole_job_within_100_ms() {
     let (server, _alone) = start();
     let mut worst = Duration::ZERO;
     for way in ["allocate", "allocate-in-child", "allocate-in-grandchild"] {
@@ -178,8 +178,8 @@ fn a_deadline_is_met_within_100_ms_in_95_of_100_jobs() {
     server.assert_healthy();
 }
 
-#[test]
-fn a_fork_bomb_stops_at_pids_and_is_gone_a_second_after_its_deadline() {
+#[test] // R1, L3
+fn r1_a_fork_bomb_stops_at_pids_and_is_gone_a_second_after_its_deadline() {
     let (server, _alone) = start();
     let mut worst = Duration::ZERO;
     for pids in [8, 64, 256] {

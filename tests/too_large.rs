@@ -68,7 +68,7 @@ fn an_artifact_has_as_many_bytes_as_the_tenant_s_quota() {
     server.operator("POST", &format!("{PLUGIN}/jobs"), &[], b"").expect(200);
 }
 
-#[test]
+#[test] // H5
 fn parts_of_a_form_have_the_same_limits() {
     let server = start();
     server.patch_json(TENANT, &json!({"quota": {"artifact_bytes": 4096}})).expect(200);
@@ -136,7 +136,7 @@ fn a_client_that_sends_all_before_it_reads_gets_its_refusal() {
 }
 
 #[test]
-fn a_body_without_an_end_is_not_read_for_ever() {
+fn h2_a_body_without_an_end_is_not_read_for_ever() {
     let server = Server::start_with("header_timeout_ms = 500").with_probe();
     let mut raw = Raw::request(&server, &format!("PUT {TENANT}"), &["Transfer-Encoding: chunked"]);
     let (chunk, begun) = (vec![b' '; 100_000], Instant::now());
@@ -148,7 +148,7 @@ fn a_body_without_an_end_is_not_read_for_ever() {
 }
 
 #[test]
-fn a_uri_has_8_kib_at_most() {
+fn h5_a_uri_has_8_kib_at_most() {
     let server = start();
     let path = |bytes: usize| format!("/{}", "x".repeat(bytes - 1));
     assert_eq!(server.get(&path(8 * 1024)).problem(404), "not_found");
@@ -166,7 +166,7 @@ fn a_uri_has_8_kib_at_most() {
 }
 
 #[test]
-fn a_request_has_128_header_fields_at_most() {
+fn h5_a_request_has_128_header_fields_at_most() {
     let server = start();
     let status = |fields: usize| {
         // two are there already: `Host` and `Authorization`
@@ -181,7 +181,7 @@ fn a_request_has_128_header_fields_at_most() {
 }
 
 #[test]
-fn the_headers_of_a_request_have_64_kib_at_most() {
+fn h5_the_headers_of_a_request_have_64_kib_at_most() {
     let server = start();
     // names, values, and four bytes of punctuation each; the two fields that are there already counted with them
     let own: usize = head("", &[]).len() - " HTTP/1.1\r\n".len() - 2;

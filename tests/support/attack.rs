@@ -19,7 +19,7 @@ impl Outside {
     }
 
     pub fn command(&self, words: &[&str]) -> Command {
-        let mut command = Command::new(Path::new(env!("HOLM_PLUGINS")).join("probe"));
+        let mut command = Command::new(Path::new(env!("BUNDLED_PLUGINS")).join("probe"));
         command.args(words).env_clear().env("TMPDIR", self.dir.path()).current_dir(self.dir.path());
         command
     }

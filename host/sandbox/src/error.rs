@@ -50,6 +50,8 @@ pub enum Step {
     ForbidNestedNamespaces,
     /// The cgroup namespace is entered.
     EnterCgroupNamespace,
+    /// A time namespace of the job's own is made for its program.
+    MakeTimeNamespace,
     /// The host name is set.
     SetHostname,
     /// The root file system is made.
@@ -138,6 +140,7 @@ impl fmt::Display for Step {
             Self::RaiseOomScore => "raise the OOM score",
             Self::ForbidNestedNamespaces => "forbid nested user namespaces",
             Self::EnterCgroupNamespace => "enter a cgroup namespace",
+            Self::MakeTimeNamespace => "make a time namespace",
             Self::SetHostname => "set the host name",
             Self::MakeRoot => "make the root file system",
             Self::CopyProgram => "copy the program into the root",

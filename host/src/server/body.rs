@@ -9,6 +9,7 @@ use futures_util::{Stream, StreamExt};
 use hyper::body::Body as HttpBody;
 use serde::de::DeserializeOwned;
 
+use super::json;
 use super::pace::{Pace, PaceRule};
 use super::problem::{Code, Problem};
 
@@ -118,7 +119,7 @@ pub(super) fn parse_object<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Probl
     if bytes.iter().find(|b| !b.is_ascii_whitespace()) != Some(&b'{') {
         return Err(Problem::malformed("the body must be a JSON object; send `{}` to set nothing"));
     }
-    serde_json::from_slice(bytes).map_err(|error| Problem::malformed(format!("JSON: {error}")))
+    json::parse(bytes).map_err(|error| Problem::malformed(format!("JSON: {error}")))
 }
 
 /// JSON routes take JSON, or a body of no declared type.

@@ -6,6 +6,7 @@ mod conditions;
 mod connection;
 mod exchange;
 mod form;
+mod json;
 mod pace;
 mod problem;
 mod routes;

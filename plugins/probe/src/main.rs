@@ -6,11 +6,14 @@
 mod appetite;
 mod calls;
 mod escape;
+mod hoard;
 mod kernel;
+mod quota;
 mod raw;
 mod reach;
 mod report;
 mod sys;
+mod wrapped;
 
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
@@ -169,6 +172,32 @@ fn run(words: &[&str]) -> Result<ExitCode> {
             appetite::leave_behind(children.parse()?, Duration::from_millis(ms.parse()?))?;
         }
         ["hold-output", ms] => appetite::hold_output(Duration::from_millis(ms.parse()?))?,
+
+        // what a user has of the kernel, and where two jobs could meet
+        ["take", kind, most] => quota::take(kind, most.parse()?)?,
+        ["lock-all", paths @ ..] => quota::lock_all(paths)?,
+        ["listen", name] => quota::listen(name)?,
+        ["hear", name] => quota::connect(name)?,
+        ["leave", name, key] => quota::leave(name, key.parse()?)?,
+        ["find", name, key] => quota::find(name, key.parse()?)?,
+        ["mark", seed, mib] => quota::mark(seed.parse()?, mib.parse()?)?,
+        ["mark-and-search", seed, mib] => quota::mark_and_search(seed.parse()?, mib.parse()?)?,
+        ["search", seed] => quota::search(seed.parse()?)?,
+        ["sharing"] => quota::sharing()?,
+        ["storm", ms] => quota::storm(Duration::from_millis(ms.parse()?))?,
+        ["clock-step"] => say(&quota::clock_step().as_nanos().to_string())?,
+        ["speculation"] => quota::speculation()?,
+
+        // the kernel's memory and work
+        ["hoard", kind, most] => hoard::hoard(kind, most.parse()?)?,
+        ["large-files", bytes] => hoard::large_files(bytes.parse()?)?,
+        ["off-account"] => hoard::off_account()?,
+        ["nest-epoll", most] => hoard::nest_epoll(most.parse()?)?,
+        ["zombies", most] => hoard::zombies(most.parse()?)?,
+        ["orphans", most] => hoard::orphans(most.parse()?)?,
+        ["dodge", way, ms] => hoard::dodge(way, Duration::from_millis(ms.parse()?))?,
+        ["drip", bytes, pause_us] => hoard::drip(bytes.parse()?, Duration::from_micros(pause_us.parse()?))?,
+        ["hide", ms] => hoard::hide(Duration::from_millis(ms.parse()?))?,
 
         // what goes in and out
         ["cat"] => drop(io::copy(&mut io::stdin(), &mut io::stdout())?),

@@ -3,7 +3,7 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::num::NonZeroUsize;
 
-use wasmtime::{Config, Engine};
+use wasmtime::{Config, Engine, WasmFeatures};
 
 /// Host stack that WASI calls may need on top of a guest that has used all of its own. wasmtime's own default leaves
 /// 1.5 MiB; its deepest calls measured here use far less.
@@ -37,6 +37,9 @@ pub(super) fn engine(stack_bytes: usize) -> Result<Engine, EngineError> {
         .wasm_relaxed_simd(false)
         .wasm_multi_memory(false)
         .wasm_memory64(false)
+        .wasm_gc(false)
+        .wasm_stack_switching(false)
+        .wasm_features(WasmFeatures::FUNCTION_REFERENCES | WasmFeatures::THREADS | WasmFeatures::EXCEPTIONS, false)
         .wasm_extended_const(true)
         .wasm_component_model(true);
     Engine::new(&config).map_err(EngineError)

@@ -17,6 +17,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 
 use nix::errno::Errno;
+use nix::libc;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
@@ -141,6 +142,9 @@ fn settle(spec: &SandboxSpec) -> Result<(), LaunchError> {
     write_and_read_back("/proc/sys/user/max_user_namespaces", "0").at(Step::ForbidNestedNamespaces)?;
     // not at the clone: only after the attach is the namespace rooted at the job's own cgroup
     unshare(CloneFlags::CLONE_NEWCGROUP).at(Step::EnterCgroupNamespace)?;
+    if spec.kind == Kind::Native {
+        separate_clocks().at(Step::MakeTimeNamespace)?;
+    }
     sethostname(HOSTNAME).at(Step::SetHostname)?;
     took_effect(gethostname().at(Step::SetHostname)? == HOSTNAME).at(Step::SetHostname)?;
     let name = match spec.kind {
@@ -149,6 +153,16 @@ fn settle(spec: &SandboxSpec) -> Result<(), LaunchError> {
         Kind::Compile => c"holm-compile",
     };
     prctl::set_name(name).at(Step::TakeIdentity)
+}
+
+/// Gives the program that is forked later a time namespace of its own. Its clocks are the host's as before; but
+/// `/proc/self/ns/time` would be a file that all jobs share, and one could lock it against another. A kernel without
+/// time namespaces has no such file.
+fn separate_clocks() -> nix::Result<()> {
+    match unshare(CloneFlags::from_bits_retain(libc::CLONE_NEWTIME)) {
+        Err(Errno::EINVAL) => Ok(()),
+        other => other,
+    }
 }
 
 /// From root of a namespace to nobody: the order is that of the needs, each step gives up what the next one lacks.

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::sched::CloneFlags;
-use nix::unistd::Pid;
+use nix::unistd::{Pid, Uid, getuid, seteuid, setfsuid};
 
 use super::live::{Live, READY_WITHIN, REAP_AGAIN, Stage};
 use super::{Launcher, MAX_ID, Source};
@@ -18,7 +18,7 @@ use crate::gate::{self, ToSandbox};
 use crate::init::seccomp::Filters;
 use crate::init::{self, Birth, root};
 use crate::spec::{IDS_PER_JOB, Kind, SandboxId, SandboxSpec};
-use crate::sys::process::{Cloned, clone3};
+use crate::sys::process::{Cloned, SingleThreaded, clone3};
 use crate::uids::JobIds;
 use crate::wire::Packets;
 
@@ -84,7 +84,7 @@ impl Launcher<'_> {
         let null = self.null.try_clone().at(Step::MakeGate)?;
         let filters = self.filters.entry(spec.kind).or_insert_with(|| Rc::new(Filters::compile(spec.kind))).clone();
         // everything that can fail for want of descriptors is done before there is a process to get rid of
-        match clone3(&self.proof, NAMESPACES, leaf.birthplace()).at(Step::Clone)? {
+        match clone_owned(&self.proof, Uid::from_raw(ids.first), leaf).at(Step::Clone)? {
             Cloned::Child => {
                 let birth = Birth { spec, filters, gate: sandbox_gate, channel, artifact, dev, null };
                 init::enter(birth, &self.proof, self.workload)
@@ -132,6 +132,20 @@ impl Launcher<'_> {
             self.set_alarm(id, Some(Instant::now() + REAP_AGAIN));
         }
     }
+}
+
+/// Clones with the new user namespace in the ownership of `owner`, an id of the job's own. The kernel counts inotify
+/// instances, queued signals and more in every user namespace up to the host's, each time for the owner of the one
+/// below: were that this process's user, all jobs together would have as much as one user of the host.
+fn clone_owned(proof: &SingleThreaded, owner: Uid, leaf: &Leaf) -> nix::Result<Cloned> {
+    seteuid(owner)?;
+    // files are opened as before, and so are the child's own in `/proc`
+    setfsuid(getuid());
+    let cloned = clone3(proof, NAMESPACES, leaf.birthplace());
+    if !matches!(cloned, Ok(Cloned::Child)) {
+        seteuid(getuid())?;
+    }
+    cloned
 }
 
 /// A process that has been cloned and waits behind its gate, or should have.

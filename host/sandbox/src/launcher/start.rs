@@ -25,7 +25,7 @@ use crate::error::in_words;
 use crate::init::{identity, root};
 use crate::protocol::{FromLauncher, LauncherConfig, ToLauncher, VERSION};
 use crate::sys::mount::{MountAttr, attach, clone_mount, make_all_private, new_mount, restrict};
-use crate::sys::process::{SingleThreaded, inherited_fd};
+use crate::sys::process::{SingleThreaded, inherited_fd, keep_capabilities_as_any_user};
 use crate::uids::UidPool;
 use crate::usage::Namespaces;
 use crate::wire::Packets;
@@ -192,6 +192,7 @@ fn settle<'w>(
         let started = sweeper::start(&proof, &tree.remains(), uids.claim_fd());
         sweeper = Some(started.map_err(fail("fork the sweeper"))?);
         raise_open_files();
+        keep_capabilities_as_any_user().map_err(fail("keep capabilities"))?;
         keep_few_capabilities().map_err(|error| format!("drop capabilities: {error}"))?;
         identity::become_non_dumpable().map_err(fail("become non-dumpable"))?;
         let namespaces = verify::namespaces_of(Pid::this()).map_err(|error| format!("read own namespaces: {error}"))?;

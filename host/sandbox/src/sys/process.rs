@@ -171,6 +171,14 @@ pub(crate) fn join_new_session_keyring() -> nix::Result<()> {
     if check(ret)? > 0 { Ok(()) } else { Err(Errno::EPROTO) }
 }
 
+/// Lets a change of the effective user leave the capabilities alone, for this process and what it clones into its own
+/// user namespace; a new user namespace begins with the usual rules.
+pub(crate) fn keep_capabilities_as_any_user() -> nix::Result<()> {
+    const NO_SETUID_FIXUP: libc::c_ulong = 1 << 2; // SECBIT_NO_SETUID_FIXUP, linux/securebits.h
+    // SAFETY: no memory is involved.
+    check(unsafe { libc::prctl(libc::PR_SET_SECUREBITS, NO_SETUID_FIXUP, 0, 0, 0) }.into()).map(drop)
+}
+
 /// Sets every signal to its default action and unblocks all: what a program expects to start with.
 ///
 /// By the system call itself: the C library keeps two signals for itself, will not touch them here, and yet leaves them

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use crate::limit::{Given, Limits};
 use crate::plugin::{Plugin, check_args, check_env, check_size};
 use crate::server::app::App;
+use crate::server::json;
 use crate::server::problem::{Code, Problem};
 use crate::tenant::Tenant;
 
@@ -66,8 +67,8 @@ fn setting<T: DeserializeOwned>(headers: &HeaderMap, name: &HeaderName, shape: &
     let Ok(text) = value.to_str() else {
         return Err(Problem::malformed(format!("`{name}` must be ASCII; write other characters as \\u escapes")));
     };
-    let json = serde_json::from_str(text);
-    json.map(Some).map_err(|error| Problem::malformed(format!("`{name}` must be {shape} in JSON: {error}")))
+    let parsed = json::parse(text.as_bytes());
+    parsed.map(Some).map_err(|error| Problem::malformed(format!("`{name}` must be {shape} in JSON: {error}")))
 }
 
 /// Whether the request prefers the record to the bare output (RFC 7240).

@@ -145,6 +145,9 @@ static PLAIN_PERSONALITY: Test = Test::OneOf { arg: 0, values: &[0, u32::MAX] };
 static PRIVATE_MEMBARRIER: Test =
     Test::OneOf { arg: 0, values: &[0 /* QUERY */, 8 /* PRIVATE_EXPEDITED */, 16 /* REGISTER_PRIVATE_EXPEDITED */] };
 
+/// Not merged with equal pages of other jobs: how long a write takes would tell what these hold.
+static NO_MERGING: Test = Test::NoneOf { arg: 2, values: &[bits(libc::MADV_MERGEABLE)] };
+
 /// No new executable memory: for a process whose code is all there when the guest starts.
 static NO_EXEC_MAPPING: Test = Test::Masked { arg: 2, mask: bits(libc::PROT_EXEC), value: 0 };
 
@@ -197,7 +200,8 @@ static COMMON: &[Line] = lines! {
         fstat = libc::SYS_fstat, newfstatat = libc::SYS_newfstatat, statx = libc::SYS_statx,
         fstatfs = libc::SYS_fstatfs, getcwd = libc::SYS_getcwd;
     Allow, Job, Allow, "memory, charged to the job's cgroup":
-        munmap = libc::SYS_munmap, mremap = libc::SYS_mremap, brk = libc::SYS_brk, madvise = libc::SYS_madvise;
+        munmap = libc::SYS_munmap, mremap = libc::SYS_mremap, brk = libc::SYS_brk;
+    If(&NO_MERGING, EPERM), Job, Allow, "advice on memory; not MADV_MERGEABLE": madvise = libc::SYS_madvise;
     Allow, Job, Allow, "signals within the job":
         rt_sigaction = libc::SYS_rt_sigaction, rt_sigprocmask = libc::SYS_rt_sigprocmask,
         rt_sigreturn = libc::SYS_rt_sigreturn, sigaltstack = libc::SYS_sigaltstack,
