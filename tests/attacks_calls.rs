@@ -5,6 +5,9 @@
 //! could reach is a matter of the same tables: `host/sandbox/src/init/seccomp` runs their filters over every number, and
 //! `host/sandbox/tests/launcher` native code in their place.
 
+#![allow(clippy::unwrap_used)] // a test that cannot go on should say where
+#![allow(clippy::print_stdout)] // what was not shown outside is told
+
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -17,14 +17,14 @@ use support::raw::{Raw, multipart};
 use support::{Answer, OPERATOR, Server, native, wait_until, wasm};
 
 const CLIENTS: u64 = 4;
-const CALLS: usize = 120;
+const CALLS: usize = 200;
 
 /// No client begins another call after this.
 const LONGEST: Duration = Duration::from_secs(15);
 
 const TENANTS: [&str; 2] = ["t", "u"];
-/// Named for what is uploaded to them; compiling takes most of the time, so there is less of it.
-const PLUGINS: [&str; 6] = ["native", "native", "native", "any", "wasm", "http"];
+/// What is uploaded to the last two may have to be compiled, which takes most of the time.
+const PLUGINS: [&str; 9] = ["native", "native", "native", "native", "native", "other", "other", "wasm", "http"];
 
 #[test]
 fn no_sequence_of_calls_leaks_or_is_the_servers_own_fault() {
@@ -131,7 +131,7 @@ fn each_job_ended_once(log: &str, seen: &BTreeSet<String>) {
     let lost: Vec<_> = seen.iter().filter(|id| !ends.contains_key(id.as_str())).collect();
     assert!(lost.is_empty(), "jobs without an end: {lost:?}\n{log}");
     let kind = |kind: &str| log.lines().filter(|line| line.contains(&format!("outcome=\"{kind}\""))).count();
-    let kinds = ["exited", "over_limit", "signaled", "cancelled"].map(|word| (word, kind(word)));
+    let kinds = ["exited", "over_limit", "cancelled"].map(|word| (word, kind(word)));
     println!("{} jobs ended, {} of them seen: {kinds:?}", ends.len(), seen.len());
     assert!(kinds.iter().all(|(_, count)| *count > 0), "the calls reach less than they should: {kinds:?}");
 }
@@ -228,15 +228,7 @@ impl<'a> Client<'a> {
 
     /// Sends a request and checks what every answer must hold.
     fn send(&mut self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
-        let t = Instant::now();
         let answer = self.server.operator(method, path, headers, body);
-        println!(
-            "TIME {method}-{} {} {} {}",
-            path.rsplit('/').next().unwrap(),
-            answer.status,
-            t.elapsed().as_millis(),
-            answer.text().chars().take(250).collect::<String>()
-        );
         self.check(method, path, &answer);
         answer
     }
@@ -276,12 +268,10 @@ impl<'a> Client<'a> {
 
     fn upload(&mut self, path: &str, plugin: &str) -> Answer {
         let artifacts = self.artifacts;
-        let all = [&artifacts.native, &artifacts.native, &artifacts.wasm, &artifacts.http];
+        let all = [&artifacts.native, &artifacts.wasm, &artifacts.http];
         let artifact = match plugin {
-            "native" => &artifacts.native,
-            "wasm" => &artifacts.wasm,
-            "http" => &artifacts.http,
-            _ => *self.random.of(&all),
+            "wasm" | "http" => *self.random.of(&all),
+            _ => &artifacts.native,
         };
         if self.random.below(2) == 0 {
             return self.send("PUT", path, &[], artifact);

@@ -25,7 +25,8 @@ fuzz_target!(|text: &str| {
     let tenant = stored(3, &Maximums::least_of(vec![server.clone()]));
     let maximums = Maximums::least_of(vec![server, tenant]);
     // what was stored under other maximums may lie above today's
-    let (defaults, plugin) = (stored(2, &Maximums::default()), Given::from_stored(&stored(1, &Maximums::default()).to_json()));
+    let (defaults, plugin) =
+        (stored(2, &Maximums::default()), Given::from_stored(&stored(1, &Maximums::default()).to_json()));
     let request = match Given::read(&given(0), Some(runtime), &maximums) {
         Ok(request) => request,
         Err(error) => {
@@ -40,7 +41,11 @@ fuzz_target!(|text: &str| {
         let value = request.get(limit);
         assert!(value.is_none_or(|value| limit.applies_to(runtime) && in_range(limit, value)), "{limit:?}: {value:?}");
     }
-    assert_eq!(Given::read(&request.to_json(), Some(runtime), &maximums), Ok(request.clone()), "written and read again");
+    assert_eq!(
+        Given::read(&request.to_json(), Some(runtime), &maximums),
+        Ok(request.clone()),
+        "written and read again"
+    );
     assert_eq!(Given::from_stored(&request.to_json()), request, "stored and read again");
 
     let limits = Limits::resolve(runtime, &[&request, &plugin, &defaults], &maximums);
