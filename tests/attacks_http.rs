@@ -34,54 +34,54 @@ fn throw(server: &Server, bytes: &[u8]) -> Vec<u16> {
     answers.match_indices("HTTP/1.").map(|(at, _)| answers[at + 9..at + 12].parse().unwrap()).collect()
 }
 
-/// The worst of a hundred requests of a good client, each on a connection of its own; the best of some rounds.
-fn worst_of_a_hundred(server: &Server, rounds: usize) -> Duration {
-    let round = || {
-        let mut times: Vec<Duration> = (0..100)
-            .map(|_| {
-                let begun = Instant::now();
-                let mut good = Raw::request(server, "GET /v1/tenants/t", &[]);
-                good.answered().expect(200);
-                begun.elapsed()
-            })
-            .collect();
-        times.sort();
-        times[98]
-    };
-    (0..rounds).map(|_| round()).min().unwrap()
+/// How long a good client waits for an answer, on a connection of its own.
+fn wait(server: &Server) -> Duration {
+    let begun = Instant::now();
+    Raw::request(server, "GET /v1/tenants/t", &[]).answered().expect(200);
+    begun.elapsed()
+}
+
+/// The 99th of a hundred.
+fn p99(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times[times.len() * 98 / 100]
 }
 
 #[test] // H1, H2
 fn h1_thousands_of_idle_half_open_and_dripping_connections_leave_a_good_client_its_time() {
     let server = start_with("connections = 6000\nheader_timeout_ms = 60000\nbody_grace_ms = 60000");
+    let quiet = start();
     let (_, most) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
     let crowd = if most >= 12_000 { 5000 } else { 1000 };
     if crowd < 5000 {
         println!("NOT SHOWN: H1: {crowd} connections instead of 5000, as this process may open {most} files");
     }
+    let connections: Vec<Raw> = (0..crowd)
+        .map(|i| {
+            let mut raw = Raw::connect(&server);
+            match i % 4 {
+                0 => {}
+                1 => raw.send(b"GET /v1/tenants HTTP/1.1\r\nX-Slow: "),
+                2 => raw.head(&format!("PUT {TENANT}"), &["Content-Length: 100"]),
+                _ => raw.finish(),
+            }
+            raw
+        })
+        .collect();
+    // by turns, so that whatever else this machine does slows both down; the best of some rounds
     let mut best = [Duration::MAX; 2];
-    for _ in 0..3 {
-        best[0] = best[0].min(worst_of_a_hundred(&server, 3));
-        let connections: Vec<Raw> = (0..crowd)
-            .map(|i| {
-                let mut raw = Raw::connect(&server);
-                match i % 4 {
-                    0 => {}
-                    1 => raw.send(b"GET /v1/tenants HTTP/1.1\r\nX-Slow: "),
-                    2 => raw.head(&format!("PUT {TENANT}"), &["Content-Length: 100"]),
-                    _ => raw.finish(),
-                }
-                raw
-            })
-            .collect();
-        best[1] = best[1].min(worst_of_a_hundred(&server, 3));
-        drop(connections);
-        if best[1] <= 2 * best[0] {
+    for round in 0..60 {
+        if round >= 3 && best[1] <= 2 * best[0] {
             break;
+        }
+        let times: Vec<[Duration; 2]> = (0..100).map(|_| [wait(&quiet), wait(&server)]).collect();
+        for (i, best) in best.iter_mut().enumerate() {
+            *best = p99(times.iter().map(|pair| pair[i]).collect()).min(*best);
         }
     }
     println!("p99 alone {:?}, beside {crowd} idle connections {:?}", best[0], best[1]);
-    assert!(best[1] <= 2 * best[0].max(Duration::from_millis(1)), "{best:?}");
+    assert!(best[1] <= 2 * best[0], "{best:?}");
+    drop(connections);
     server.assert_healthy();
 }
 
@@ -136,7 +136,10 @@ fn h4_http_2_is_not_spoken_whether_by_preface_or_by_upgrade() {
     // a flood of frames after the preface is read by nobody
     let mut flood = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
     flood.extend(b"\0\0\x04\x03\0\0\0\0\x01\0\0\0\0".repeat(10_000));
-    assert!(throw(&server, &flood).len() <= 1);
+    let mut raw = Raw::connect(&server);
+    raw.offer(&flood);
+    let answer = raw.to_the_end();
+    assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 4"), "{:?}", String::from_utf8_lossy(&answer));
     server.assert_healthy();
 }
 
