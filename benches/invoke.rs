@@ -1,5 +1,7 @@
 //! What a job costs over HTTP, native and WebAssembly; against the raw floor in the same run.
 
+#![allow(clippy::unwrap_used)] // a measurement that cannot go on should say where
+
 mod support;
 
 use std::io::{BufRead, BufReader};

@@ -2,6 +2,8 @@
 //!
 //! The bench is its own launcher, as `holm` is, and drives it as the server does, without HTTP.
 
+#![allow(clippy::unwrap_used)] // a measurement that cannot go on should say where
+
 mod support;
 
 use std::fs::File;

@@ -1,5 +1,7 @@
 //! The service as a whole: its health, its own description, which methods there are, and who may do what.
 
+#![allow(clippy::unwrap_used)] // a test that cannot go on should say where
+
 mod support;
 
 use serde_json::{Value, json};

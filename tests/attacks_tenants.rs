@@ -44,7 +44,8 @@ fn two_outside(words: &[&str]) -> [String; 2] {
     let taken = first.line();
     let mut second = Plain::start(NOBODY_ELSE, words);
     let left = second.line();
-    (first.finish(), second.finish());
+    first.finish();
+    second.finish();
     [taken, left]
 }
 

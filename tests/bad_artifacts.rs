@@ -1,5 +1,7 @@
 //! Uploads that cannot run, or that never arrive whole: each says what is wrong and where, and the old revision stays.
 
+#![allow(clippy::unwrap_used)] // a test that cannot go on should say where
+
 mod support;
 
 use serde_json::{Value, json};

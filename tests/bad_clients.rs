@@ -1,5 +1,7 @@
 //! Clients that break the protocol, dawdle, or go away: each harms itself alone.
 
+#![allow(clippy::unwrap_used)] // a test that cannot go on should say where
+
 mod support;
 
 use std::fs;

@@ -1,5 +1,7 @@
 //! What a job gets from its request, its plugin, its tenant and the server: arguments, environment, limits.
 
+#![allow(clippy::unwrap_used)] // a test that cannot go on should say where
+
 mod support;
 
 use std::collections::BTreeMap;

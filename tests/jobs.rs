@@ -1,5 +1,7 @@
 //! Jobs: how they are answered, recorded, listed and cancelled.
 
+#![allow(clippy::unwrap_used)] // a test that cannot go on should say where
+
 mod support;
 
 use base64::Engine as _;

@@ -3,6 +3,8 @@
 //! One server runs native jobs, WebAssembly jobs and a compilation at the same time, of two tenants. What the host's root
 //! sees of their processes is written down once; each test then looks at one layer of all of them.
 
+#![allow(clippy::unwrap_used)] // a test that cannot go on should say where
+
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,5 +1,7 @@
 //! Tenants and their keys: made, seen, changed, deleted, and under which conditions.
 
+#![allow(clippy::unwrap_used)] // a test that cannot go on should say where
+
 mod support;
 
 use std::fs;

@@ -24,6 +24,7 @@ pub struct Times {
 
 impl Times {
     pub fn at(&self, part: f64) -> Duration {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a part of a length
         let index = ((self.times.len() as f64 * part) as usize).min(self.times.len() - 1);
         self.times[index]
     }
@@ -87,7 +88,7 @@ pub fn clone_exit_wait() {
         unsafe { libc::_exit(0) };
     }
     // SAFETY: a null status is allowed; the pid is our child's.
-    let waited = unsafe { libc::waitpid(pid as i32, std::ptr::null_mut(), 0) };
+    let waited = unsafe { libc::waitpid(libc::pid_t::try_from(pid).unwrap_or(-1), std::ptr::null_mut(), 0) };
     assert_eq!(i64::from(waited), pid);
 }
 

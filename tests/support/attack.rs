@@ -75,6 +75,7 @@ pub type NotShown = &'static [(&'static str, &'static str)];
 
 /// Fails unless the attack of `row` was seen to work, or is one of those that this machine cannot show.
 #[track_caller]
+#[allow(clippy::print_stdout)] // what was not shown is for whoever runs the tests to read
 pub fn shown(not_shown: NotShown, row: &str, worked: bool) {
     let known = not_shown.iter().find(|(name, _)| *name == row);
     match (worked, known) {

@@ -26,7 +26,7 @@ pub(crate) struct Form {
 #[derive(Debug)]
 pub(crate) enum Part {
     /// The artifact, as it comes.
-    Artifact(Field<'static>),
+    Artifact(Box<Field<'static>>),
     /// The manifest.
     Manifest(Bytes),
 }
@@ -73,7 +73,7 @@ impl Form {
             return Err(FormError::Parts);
         }
         Ok(Some(if part.name() == Some("artifact") {
-            Part::Artifact(part)
+            Part::Artifact(Box::new(part))
         } else {
             Part::Manifest(part.bytes().await?)
         }))

@@ -68,7 +68,8 @@ pub(crate) fn tell() {
         ("a signal", nix(kill(Pid::this(), None))),
         ("another id", nix(setuid(0.into()))),
     ];
+    let mut out = io::stdout();
     for (attempt, errno) in attempts {
-        writeln!(io::stdout(), "{attempt}: {errno}").unwrap();
+        writeln!(out, "{attempt}: {errno}").unwrap();
     }
 }
