@@ -4,6 +4,8 @@
 //! A failure prints its seed. `HOLM_TESTS_SEED=N` makes each client draw the same calls again; how those of the clients
 //! fall between each other is the machine's to say.
 
+#![allow(clippy::unwrap_used)] // a test that cannot go on should say where
+
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -30,7 +32,7 @@ const PLUGINS: [&str; 9] = ["native", "native", "native", "native", "native", "o
 fn no_sequence_of_calls_leaks_or_is_the_servers_own_fault() {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().subsec_nanos();
     let seed = std::env::var("HOLM_TESTS_SEED").map_or(now.into(), |seed| seed.parse::<u64>().unwrap());
-    println!("HOLM_TESTS_SEED={seed}");
+    eprintln!("HOLM_TESTS_SEED={seed}");
     let server = Server::start().with_probe();
     let artifacts = Artifacts::read();
     // one call of each kind first: what the server opens once and keeps is no leak
@@ -132,7 +134,7 @@ fn each_job_ended_once(log: &str, seen: &BTreeSet<String>) {
     assert!(lost.is_empty(), "jobs without an end: {lost:?}\n{log}");
     let kind = |kind: &str| log.lines().filter(|line| line.contains(&format!("outcome=\"{kind}\""))).count();
     let kinds = ["exited", "over_limit", "cancelled"].map(|word| (word, kind(word)));
-    println!("{} jobs ended, {} of them seen: {kinds:?}", ends.len(), seen.len());
+    eprintln!("{} jobs ended, {} of them seen: {kinds:?}", ends.len(), seen.len());
     assert!(kinds.iter().all(|(_, count)| *count > 0), "the calls reach less than they should: {kinds:?}");
 }
 
@@ -208,9 +210,9 @@ impl<'a> Client<'a> {
                     answer
                 }
             }
-            9 => return self.hang_up(&path),
+            9 => self.hang_up(&path),
             10 => self.cancel(tenant),
-            11 => return self.function(&format!("/fn/{tenant}/{plugin}/a?b=c")),
+            11 => self.function(&format!("/fn/{tenant}/{plugin}/a?b=c")),
             12 => self.send("GET", &format!("{home}/jobs?limit=20"), &[], b""),
             13 => self.send("GET", &format!("{home}/plugins"), &[], b""),
             _ => {
