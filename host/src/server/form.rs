@@ -24,6 +24,7 @@ pub(crate) struct Form {
 
 /// One part.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // there is one at a time, and it is taken apart at once
 pub(crate) enum Part {
     /// The artifact, as it comes.
     Artifact(Box<Field<'static>>),

@@ -4,6 +4,7 @@
 
 use std::fmt::Debug;
 use std::fs::File;
+use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd};
 
 use holm_runtime::invocation::{Invocation, Report};
@@ -35,7 +36,7 @@ fuzz_target!(|bytes: &[u8]| {
             if let Ok(job) = job {
                 assert_eq!(job.fds.len(), 3);
                 let invocation = postcard::from_bytes::<Invocation>(&job.value.payload);
-                invocation.iter().for_each(|invocation| again(invocation));
+                invocation.iter().for_each(again);
             }
         }
         b'g' => gate(packet, descriptors),
@@ -103,12 +104,8 @@ fn arrived(packet: &[u8], descriptors: usize) -> Packets {
     let fds = vec![null.as_raw_fd(); descriptors];
     let rights = [ControlMessage::ScmRights(&fds)];
     let control: &[ControlMessage<'_>] = if fds.is_empty() { &[] } else { &rights };
-    let _ = sendmsg::<()>(there.as_fd().as_raw_fd(), &[io_slice(packet)], control, MsgFlags::MSG_NOSIGNAL, None);
+    let _ = sendmsg::<()>(there.as_fd().as_raw_fd(), &[IoSlice::new(packet)], control, MsgFlags::MSG_NOSIGNAL, None);
     here
-}
-
-fn io_slice(bytes: &[u8]) -> std::io::IoSlice<'_> {
-    std::io::IoSlice::new(bytes)
 }
 
 /// The number that the next descriptor gets: higher than before if one has leaked.
