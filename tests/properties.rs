@@ -134,10 +134,7 @@ fn each_job_ended_once(log: &str, seen: &BTreeSet<String>) {
     assert!(lost.is_empty(), "jobs without an end: {lost:?}\n{log}");
     let kind = |kind: &str| log.lines().filter(|line| line.contains(&format!("outcome=\"{kind}\""))).count();
     let kinds = ["exited", "over_limit", "cancelled"].map(|word| (word, kind(word)));
-<<<<<<< HEAD
-=======
     eprintln!("{} jobs ended, {} of them seen: {kinds:?}", ends.len(), seen.len());
->>>>>>> policy
     assert!(kinds.iter().all(|(_, count)| *count > 0), "the calls reach less than they should: {kinds:?}");
 }
 
