@@ -23,6 +23,7 @@ use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
 
 use super::answer::{AnswerBody, Settle};
 use super::guest::{State, fuel_left};
+use super::run::instantiated;
 
 /// Header fields of a request. The server in front has counted them already; this is more than it lets through, as
 /// hyper's own default is not.
@@ -102,7 +103,7 @@ async fn call(
     give_answer: oneshot::Sender<Response<AnswerBody>>,
     body: &mut Option<Settle>,
 ) -> Result<()> {
-    let instance = guest.instantiate_async(&mut *store).await?;
+    let instance = instantiated(guest.instantiate_async(&mut *store).await)?;
     let request = request.await.map_err(|_| format_err!("no request has come"))?;
     let request = store.data_mut().http().new_incoming_request(Scheme::Http, request)?;
     let (set, mut outcome) = oneshot::channel::<Answer>();

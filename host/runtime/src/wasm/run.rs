@@ -73,7 +73,9 @@ impl Loaded {
         started();
         let run = AssertUnwindSafe(|| runtime.block_on(guest.call(store, invocation.interface)));
         let (end, left) = match catch_unwind(run) {
-            Ok((Err(error), _)) if !has_run(&error) => return Report::NotRunnable(short(format!("{error:#}"))),
+            Ok((Err(error), _)) if error.is::<NotInstantiated>() => {
+                return Report::NotRunnable(short(format!("{error:#}")));
+            }
             Ok((_, None)) => (WasmEnd::OutOfFuel, 0),
             Ok((result, Some(left))) => (end_of(result), left),
             // how much it used is lost with its store
@@ -97,13 +99,13 @@ impl Guest {
 }
 
 async fn start(module: &InstancePre<State>, store: &mut Store<State>) -> Result<()> {
-    let instance = module.instantiate_async(&mut *store).await?;
+    let instance = instantiated(module.instantiate_async(&mut *store).await)?;
     let start = instance.get_typed_func::<(), ()>(&mut *store, "_start")?;
     start.call_async(store, ()).await
 }
 
 async fn run(command: &CommandPre<State>, store: &mut Store<State>) -> Result<()> {
-    let instance = command.instantiate_async(&mut *store).await?;
+    let instance = instantiated(command.instantiate_async(&mut *store).await)?;
     match instance.wasi_cli_run().call_run(store).await? {
         Ok(()) => Ok(()),
         // what the standard calls failure has no number; a shell's is 1
@@ -111,14 +113,18 @@ async fn run(command: &CommandPre<State>, store: &mut Store<State>) -> Result<()
     }
 }
 
-/// Whether an error can have come from the guest's doing: else it cannot even be instantiated, for instance because its
-/// tables are larger than a guest's may be.
-fn has_run(error: &wasmtime::Error) -> bool {
-    error.is::<Trap>()
-        || error.is::<I32Exit>()
-        || error.is::<OutOfMemory>()
-        || error.is::<NoResponse>()
-        || error.is::<WasmBacktrace>()
+/// None of the guest's instructions could run, for instance because its tables are larger than a guest's may be.
+#[derive(Debug, thiserror::Error)]
+#[error("it cannot be instantiated")]
+struct NotInstantiated;
+
+/// Marks an error of instantiation that is not of the guest's own doing, in a start function or by its memory.
+pub(super) fn instantiated<T>(result: Result<T>) -> Result<T> {
+    result.map_err(|error| {
+        let own =
+            error.is::<Trap>() || error.is::<I32Exit>() || error.is::<OutOfMemory>() || error.is::<WasmBacktrace>();
+        if own { error } else { error.context(NotInstantiated) }
+    })
 }
 
 fn end_of(result: Result<()>) -> WasmEnd {

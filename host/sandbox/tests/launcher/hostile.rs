@@ -201,15 +201,18 @@ fn limits_in_range() {
 
 fn ceilings() {
     let none = Ceiling::default();
-    let refused = |step, errno: Errno| Some(LaunchError { step, errno: errno as i32 });
+    let refused = Some(LaunchError { step: Step::CheckSpec, errno: EINVAL as i32 });
     let cases = [
-        (Ceiling { memory_bytes: Some(u64::MAX), ..none }, refused(Step::TenantCgroup, ERANGE)),
-        (Ceiling { cpu_millicores: Some(0), ..none }, refused(Step::TenantCgroup, EINVAL)),
-        (Ceiling { cpu_millicores: Some(u32::MAX), ..none }, None),
-        (Ceiling { cpu_weight: Some(0), ..none }, None),
-        (Ceiling { cpu_weight: Some(u32::MAX), ..none }, None),
-        (Ceiling { pids: Some(0), ..none }, refused(Step::ForkWorkload, EAGAIN)),
-        (Ceiling { pids: Some(u32::MAX), ..none }, refused(Step::TenantCgroup, EINVAL)),
+        (Ceiling { memory_bytes: Some(u64::MAX), ..none }, refused),
+        (Ceiling { memory_bytes: Some(0), ..none }, refused),
+        (Ceiling { memory_bytes: Some(*Ceiling::MEMORY_BYTES.end()), ..none }, None),
+        (Ceiling { cpu_millicores: Some(0), ..none }, refused),
+        (Ceiling { cpu_millicores: Some(u32::MAX), ..none }, refused),
+        (Ceiling { cpu_weight: Some(0), ..none }, refused),
+        (Ceiling { cpu_weight: Some(u32::MAX), ..none }, refused),
+        (Ceiling { cpu_weight: Some(*Limits::CPU_WEIGHT.end()), ..none }, None),
+        (Ceiling { pids: Some(0), ..none }, refused),
+        (Ceiling { pids: Some(u32::MAX), ..none }, refused),
         (none, None),
     ];
     let mut client = Client::start();

@@ -122,11 +122,11 @@ fn in_the_launcher() -> Vec<Case> {
             )
         },
         asked(
-            "a_ceiling_that_the_kernel_refuses_fails",
+            "a_ceiling_beyond_its_range_fails",
             NATIVE,
             |spec| spec.ceiling.memory_bytes = Some(u64::MAX),
-            TenantCgroup,
-            ERANGE,
+            CheckSpec,
+            EINVAL,
         ),
         case(
             "making_the_job_s_cgroup_fails",
@@ -225,6 +225,7 @@ fn in_the_sandbox() -> Vec<Case> {
             call.text(1).ends_with("/max_user_namespaces")
         }),
         case("unshare_fails", ALL, sandbox(libc::SYS_unshare).fails(ENOSPC), EnterCgroupNamespace, ENOSPC),
+        case("unshare_of_time_fails", NATIVE, sandbox(libc::SYS_unshare).nth(2).fails(EPERM), MakeTimeNamespace, EPERM),
         case("sethostname_fails", ALL, sandbox(libc::SYS_sethostname).fails(EPERM), SetHostname, EPERM),
         case("fsopen_fails", ALL, sandbox(libc::SYS_fsopen).nth(1).fails(ENODEV), MakeRoot, ENODEV),
         case("fsconfig_fails", ALL, sandbox(libc::SYS_fsconfig).nth(1).fails(EINVAL), MakeRoot, EINVAL),

@@ -77,6 +77,7 @@ mod tests {
         Some(match name {
             "fcntl" => (![1024, 1026, 1031].contains(&int(1)), libc::EPERM),
             "ioctl" => ([0x5401, 0x5413, 0x541b, 0x5421, 0x5450, 0x5451].contains(&int(1)), libc::ENOTTY),
+            "madvise" => (int(2) != 12, libc::EPERM),
             "membarrier" => ([0, 8, 16].contains(&int(0)), libc::EPERM),
             "socket" | "socketpair" => {
                 let kind = [1, 2, 5].contains(&(int(1) & !0x8_0800));
