@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -273,6 +274,30 @@ fn w7_a_host_call_on_a_stack_that_is_nearly_full_is_the_guest_s_own_failure() {
         assert!(record["usage"]["output_bytes"].as_u64().unwrap() > 100, "{record}");
     }
     server.assert_healthy();
+}
+
+#[test]
+fn w8_around_a_guest_stands_less_than_around_native_code() {
+    // that the kernel enforces these tables is shown for both kinds in `layers.rs`
+    let policy = std::process::Command::new(env!("CARGO_BIN_EXE_holm")).args(["doctor", "--policy", "--json"]).output();
+    let policy: Value = serde_json::from_slice(&policy.unwrap().stdout).unwrap();
+    let of = |kind: &str| policy["kinds"].as_array().unwrap().iter().find(|one| one["kind"] == kind).unwrap().clone();
+    let calls = |kind: &str| -> BTreeMap<String, bool> {
+        let all = of(kind)["calls"].as_array().unwrap().clone();
+        let call = |call: &Value| (call["name"].as_str().unwrap().to_owned(), call["conditional"] == true);
+        all.iter().map(call).collect()
+    };
+    let (native, wasm) = (calls("native"), calls("wasm"));
+    for (name, conditional) in &wasm {
+        let there = native.get(name).unwrap_or_else(|| panic!("`{name}` is for guests alone"));
+        assert!(*conditional || !there, "`{name}` has more for guests");
+    }
+    for name in ["execve", "execveat", "fork", "vfork", "clone", "clone3", "kill", "socket", "connect", "bind", "pipe2"]
+    {
+        assert!(!wasm.contains_key(name), "{name}");
+    }
+    assert!(wasm["mmap"] && wasm["mprotect"], "only what is not executable");
+    assert_eq!((of("wasm")["devices"].clone(), of("wasm")["landlock"].as_array().unwrap().len()), (json!([]), 1));
 }
 
 /// The compiled form of the only WebAssembly plugin of tenant `t`.

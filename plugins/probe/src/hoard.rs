@@ -148,7 +148,9 @@ pub(crate) fn large_files(bytes: usize) -> Result<()> {
 /// Has the kernel write out what is not the caller's, and asks for more than its share. The errno of each.
 pub(crate) fn off_account() -> Result<()> {
     let word = |result: io::Result<()>| result.map_or_else(|error| error.raw_os_error().unwrap_or(-1), |()| 0);
-    let file = File::create(std::env::temp_dir().join(format!("probe-sync-{}", std::process::id())))?;
+    let path = std::env::temp_dir().join(format!("probe-sync-{}", std::process::id()));
+    let file = File::create(&path)?;
+    fs::remove_file(path)?; // it is open, and that is enough
     let told = json!({
         "sync": word(wrapped::sync()),
         "syncfs": word(wrapped::sync_of(file.as_fd())),

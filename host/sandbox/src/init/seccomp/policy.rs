@@ -317,7 +317,7 @@ static NATIVE: &[Line] = lines! {
 static WASM: &[Line] = lines! {
     Allow, Setup, If(&NO_EXEC_MAPPING, EPERM), "memory; executable only while the artifact is mapped":
         mmap = libc::SYS_mmap, mprotect = libc::SYS_mprotect;
-    Allow, Job, Allow, "the channel to the server": sendmsg = libc::SYS_sendmsg, recvmsg = libc::SYS_recvmsg;
+    If(&NO_OOB_ARG2, EPERM), Job, Allow, "the channel to the server; no out-of-band data": sendmsg = libc::SYS_sendmsg, recvmsg = libc::SYS_recvmsg;
     If(&ABORT_ONLY, EPERM), Job, Allow, "abort()": tgkill = libc::SYS_tgkill;
     Allow, Setup, REFUSED, "the first contents of a component's memory, kept in a sealed file": memfd_create = libc::SYS_memfd_create;
     If(&UNIX_SOCKET, EAFNOSUPPORT), Setup, REFUSED, "the wake-up pair of the event loop": socketpair = libc::SYS_socketpair;
@@ -329,7 +329,7 @@ static WASM: &[Line] = lines! {
 static COMPILE: &[Line] = lines! {
     Allow, Job, Allow, "memory; executable too, as the module is mapped once to see that it links":
         mmap = libc::SYS_mmap, mprotect = libc::SYS_mprotect;
-    Allow, Job, Allow, "the channel to the server": sendmsg = libc::SYS_sendmsg, recvmsg = libc::SYS_recvmsg;
+    If(&NO_OOB_ARG2, EPERM), Job, Allow, "the channel to the server; no out-of-band data": sendmsg = libc::SYS_sendmsg, recvmsg = libc::SYS_recvmsg;
     If(&THREADS_ONLY, EPERM), Job, Allow, "compiler threads, counted by the pids controller": clone = libc::SYS_clone;
     Verdict::Errno(ENOSYS), Setup, Verdict::Errno(ENOSYS), "its flags are in memory, out of a filter's sight: ENOSYS makes libraries use clone":
         clone3 = libc::SYS_clone3;
