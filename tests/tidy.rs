@@ -198,3 +198,31 @@ fn the_top_level_is_as_agreed() {
         assert!(name.starts_with('.') || agreed.contains(&name.as_str()), "`{name}` stands at the top level");
     }
 }
+
+/// The rows of `host/SECURITY.md`: how many of each letter, and those that are not defended against yet.
+const ROWS: [(char, u32, &[u32]); 9] = [
+    ('e', 12, &[]),
+    ('s', 17, &[]),
+    ('x', 12, &[8, 10]),
+    ('r', 16, &[4, 11, 12, 13, 14, 15]),
+    ('l', 12, &[4, 9, 10, 12]),
+    ('w', 13, &[]),
+    ('h', 8, &[7, 8]),
+    ('i', 3, &[3]),
+    ('t', 1, &[]),
+];
+
+#[test]
+fn every_attack_has_a_test_that_one_search_finds() {
+    let text: String = all_sources().into_iter().map(|(_, text)| text).collect();
+    let comments: Vec<&str> = text.lines().filter_map(|line| Some(line.split_once("// ")?.1)).collect();
+    for (letter, count, later) in ROWS {
+        for number in (1..=count).filter(|number| !later.contains(number)) {
+            let row = format!("{}{number}", letter.to_ascii_uppercase());
+            let named = text.contains(&format!("fn {letter}{number}_"));
+            let noted =
+                comments.iter().any(|comment| comment.split(|c: char| !c.is_alphanumeric()).any(|word| word == row));
+            assert!(named || noted, "no test carries the row {row}");
+        }
+    }
+}
