@@ -64,9 +64,10 @@ impl Instance {
 impl Held {
     pub(crate) fn by(pid: u32) -> Self {
         let text = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
-        let targets = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
-        let mut descriptors: Vec<String> =
-            targets.map(|fd| fs::read_link(fd.unwrap().path()).unwrap().to_string_lossy().into_owned()).collect();
+        // one that is closed while it is being looked at is not held
+        let target = |fd: fs::DirEntry| Some(fs::read_link(fd.path()).ok()?.to_string_lossy().into_owned());
+        let listed = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+        let mut descriptors: Vec<String> = listed.filter_map(|fd| target(fd.unwrap())).collect();
         descriptors.sort_unstable();
         Self { descriptors, mounts: text("mountinfo"), children: text(&format!("task/{pid}/children")) }
     }
