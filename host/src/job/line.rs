@@ -75,6 +75,11 @@ impl Meter {
         let _ = self.end(Stop::InputBroken);
     }
 
+    /// Waits until the job is over.
+    pub async fn over(&self) {
+        self.0.entry.finished().await;
+    }
+
     fn end(&self, why: Stop) -> Result<(), OverLimit> {
         // the first reason stands; killing twice does no harm
         let _ = self.0.entry.stop.set(why);

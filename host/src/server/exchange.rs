@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::future::pending;
+use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -12,6 +13,8 @@ use futures_util::StreamExt;
 use hyper::body::{Body as HttpBody, Frame, Incoming};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
+use tokio::io::AsyncWrite;
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::body::PacedBody;
@@ -59,18 +62,39 @@ pub(super) enum ExchangeError {
     Headers(usize),
 }
 
+/// The body of a guest's response, still on its way.
+#[derive(Debug)]
+pub(super) struct Answer {
+    body: Incoming,
+    meter: Meter,
+    /// Tells by its end that nobody reads on.
+    _read: oneshot::Sender<()>,
+}
+
 /// Sends `request` to the guest and gives the head of its response; the body follows as it is read.
 pub(super) async fn exchange(
     line: Line,
     mut request: Request<Body>,
     rule: PaceRule,
-) -> Result<(Response<Incoming>, Meter), ExchangeError> {
+) -> Result<Response<Answer>, ExchangeError> {
     let Line { to_guest, from_guest, meter } = line;
-    let io = TokioIo::new(tokio::io::join(from_guest, to_guest));
+    let io = TokioIo::new(tokio::io::join(from_guest, Patient(to_guest)));
     let (mut sender, connection) =
         http1::Builder::new().max_headers(MAX_HEADERS).max_buf_size(MAX_HEADER_BYTES).handshake(io).await?;
-    // ends with the guest, whose ends of the pipes go with it
-    tokio::spawn(connection);
+    let (read, no_longer_read) = oneshot::channel();
+    let job = meter.clone();
+    tokio::spawn(async move {
+        let over = async {
+            let _ = no_longer_read.await;
+            job.over().await;
+        };
+        // a guest may go on reading its request when its answer has been read, and what it wrote may be read when it
+        // has ended; after both there is nothing to wait for
+        tokio::select! {
+            _ = connection => {}
+            () = over => {}
+        }
+    });
     request.headers_mut().entry(header::HOST).or_insert(NO_HOST);
     let counted = meter.clone();
     let response = sender.send_request(request.map(|body| metered(body, counted, rule))).await?;
@@ -82,7 +106,34 @@ pub(super) async fn exchange(
         bytes if bytes > MAX_HEADER_BYTES => return Err(ExchangeError::Headers(bytes)),
         _ => {}
     }
-    Ok((response, meter))
+    Ok(response.map(|body| Answer { body, meter, _read: read }))
+}
+
+/// The writing end of a guest's connection. A guest may answer and end before it has read its request; for hyper an
+/// error of writing ends the whole connection, with what has been read and not been handed on. So a guest that reads no
+/// more looks like one that reads slowly.
+#[derive(Debug)]
+struct Patient<W>(W);
+
+impl<W: AsyncWrite + Unpin> AsyncWrite for Patient<W> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        for_ever_if_unread(Pin::new(&mut self.0).poll_write(cx, buf))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        for_ever_if_unread(Pin::new(&mut self.0).poll_flush(cx))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+fn for_ever_if_unread<T>(polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+    match polled {
+        Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe => Poll::Pending,
+        other => other,
+    }
 }
 
 /// The bytes of all headers together, counted as names, values and four bytes of punctuation each.
@@ -133,14 +184,13 @@ pub(super) fn pass_on(headers: &mut HeaderMap) {
 /// off by itself leaves the job its last words.
 #[derive(Debug)]
 pub(super) struct GuestBody {
-    body: Incoming,
-    meter: Meter,
+    answer: Answer,
     job: Option<Submitted>,
 }
 
 impl GuestBody {
-    pub(super) fn new(body: Incoming, meter: Meter, job: Submitted) -> Self {
-        Self { body, meter, job: Some(job) }
+    pub(super) fn new(answer: Answer, job: Submitted) -> Self {
+        Self { answer, job: Some(job) }
     }
 
     /// All of it has come; what the guest does after that is its own affair.
@@ -156,10 +206,10 @@ impl HttpBody for GuestBody {
     type Error = axum::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+        match ready!(Pin::new(&mut self.answer.body).poll_frame(cx)) {
             Some(Ok(frame)) => {
                 let bytes = frame.data_ref().map_or(0, Bytes::len);
-                Poll::Ready(Some(self.meter.count_output(bytes).map(|()| frame).map_err(axum::Error::new)))
+                Poll::Ready(Some(self.answer.meter.count_output(bytes).map(|()| frame).map_err(axum::Error::new)))
             }
             Some(Err(error)) => {
                 if let Some(job) = self.job.take() {
@@ -175,7 +225,7 @@ impl HttpBody for GuestBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.answer.body.is_end_stream()
     }
 
     // no `size_hint`: a length that is known stands in the header already, and the length of no body, as answers to
@@ -185,7 +235,7 @@ impl HttpBody for GuestBody {
 impl Drop for GuestBody {
     fn drop(&mut self) {
         // a body that is known to be empty, or whose last piece was its end, is never asked for more
-        if self.body.is_end_stream() {
+        if self.answer.body.is_end_stream() {
             self.complete();
         }
     }
@@ -193,7 +243,34 @@ impl Drop for GuestBody {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
     use super::*;
+
+    #[tokio::test]
+    async fn an_answer_outlives_a_guest_that_does_not_read() {
+        // with the plain pipe, hyper's error of writing comes between the head and the body in most of the rounds
+        for _ in 0..100 {
+            let (to_guest, mut request) = tokio::io::duplex(64);
+            let (mut response, from_guest) = tokio::io::duplex(4096);
+            let io = TokioIo::new(tokio::io::join(from_guest, Patient(to_guest)));
+            let (mut sender, connection) = http1::handshake(io).await.unwrap();
+            let connection = tokio::spawn(connection);
+            let body =
+                Body::from_stream(futures_util::stream::iter((0..64).map(|_| Ok::<_, io::Error>(vec![0; 1024]))));
+            let sent = sender.send_request(Request::post("/").body(body).unwrap());
+            let guest = async move {
+                let answer = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nearly\r\n0\r\n\r\n";
+                request.read_exact(&mut [0; 16]).await.unwrap();
+                response.write_all(answer.as_bytes()).await.unwrap();
+                drop((request, response));
+            };
+            let (answer, ()) = tokio::join!(sent, guest);
+            let body = axum::body::to_bytes(Body::new(answer.unwrap().into_body()), 100).await;
+            assert_eq!(body.unwrap(), "early");
+            connection.abort();
+        }
+    }
 
     #[test]
     fn what_belongs_to_a_connection_or_to_the_host_is_not_passed_on() {

@@ -60,7 +60,7 @@ pub(super) async fn call(State(app): State<App>, request: Request<Body>) -> Resu
     let answered = async {
         match line.await {
             Ok(line) => match exchange(line, to_guest, app.connections.reading).await {
-                Ok((response, meter)) => Ok(response.map(|body| Body::new(GuestBody::new(body, meter, submitted)))),
+                Ok(response) => Ok(response.map(|answer| Body::new(GuestBody::new(answer, submitted)))),
                 Err(error) => Err(timeout(LAST_WORDS, failure(submitted)).await.unwrap_or_else(|_| bad(&error))),
             },
             // it never came to be called
