@@ -14,6 +14,7 @@ pub mod function;
 pub mod inspect;
 pub mod plain;
 pub mod raw;
+pub mod slowness;
 pub mod wat;
 
 use std::fs;
@@ -26,13 +27,14 @@ use holm_sandbox::cgroup::Plan;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
+use slowness::at_most;
 use tempfile::TempDir;
 use ureq::Agent;
 
 /// The operator's key of every test server.
 pub const OPERATOR: &str = "operator-key-of-the-tests-0123456789abcdef";
 
-/// How long a server may take to begin or to end.
+/// How long a server may take to begin or to end, on a machine of the usual speed.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A running server. Stopped in order when dropped; the drop fails the test if anything is left of it.
@@ -112,7 +114,8 @@ impl Server {
             let log = fs::read_to_string(dir.path().join("log")).unwrap();
             panic!("the server did not start: {line:?}, {}\n{log}", child.wait().unwrap());
         };
-        let agent = Agent::config_builder().http_status_as_error(false).timeout_global(Some(2 * PATIENCE)).build();
+        let agent =
+            Agent::config_builder().http_status_as_error(false).timeout_global(Some(at_most(2 * PATIENCE))).build();
         let url = url.to_owned();
         Self { child: Some(child), stdout: Some(stdout), url, dir, agent: agent.into() }
     }
@@ -328,7 +331,7 @@ impl Drop for Server {
     fn drop(&mut self) {
         let Some(mut child) = self.child.take() else { return };
         let _ = kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + at_most(PATIENCE);
         while matches!(child.try_wait(), Ok(None)) && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -357,7 +360,7 @@ fn collect_pids(dir: &Path, pids: &mut Vec<u32>) {
 /// Asks until there is an answer, or the time is up.
 #[track_caller]
 pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + at_most(PATIENCE);
     loop {
         if let Some(answer) = ask() {
             return answer;
