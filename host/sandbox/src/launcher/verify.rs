@@ -58,7 +58,7 @@ pub(super) fn read_back(place: &Place, live: &Live, pid: Pid) -> Result<Isolatio
         capabilities: status.capabilities(),
         landlock: true, // `landlock::prove` is a step before readiness
         uid_map,
-        cgroups,
+        cgroups: live.leaf.by_controller(cgroups),
     })
 }
 
