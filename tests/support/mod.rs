@@ -37,6 +37,9 @@ pub const OPERATOR: &str = "operator-key-of-the-tests-0123456789abcdef";
 /// How long a server may take to begin or to end, on a machine of the usual speed.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The server's default for how long a client may be slow.
+const BODY_GRACE: Duration = Duration::from_secs(10);
+
 /// A running server. Stopped in order when dropped; the drop fails the test if anything is left of it.
 pub struct Server {
     child: Option<Child>,
@@ -123,7 +126,11 @@ impl Server {
     /// The command line of a server in `dir`, on a free port. Its log goes to `DIR/log`, shown when a test fails.
     pub fn command(dir: &TempDir, config: &str) -> Command {
         let file = dir.path().join("holm.toml");
-        fs::write(&file, config).unwrap();
+        // clients that say nothing for a while are part of many tests
+        let grace = at_most(BODY_GRACE);
+        let slow = grace > BODY_GRACE && !config.contains("body_grace_ms");
+        let patient = if slow { format!("body_grace_ms = {}\n", grace.as_millis()) } else { String::new() };
+        fs::write(&file, patient + config).unwrap();
         let log = fs::OpenOptions::new().create(true).append(true).open(dir.path().join("log")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_holm"));
         command.arg("serve").arg("--config").arg(&file).args(["--listen", "127.0.0.1:0", "--data-dir"]);
