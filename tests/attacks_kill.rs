@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use support::inspect::{Process, Running};
 use support::plain::{Plain, outside};
 use support::raw::Raw;
+use support::slowness::at_most;
 use support::{Server, wait_until};
 
 fn start() -> Server {
@@ -105,7 +106,7 @@ fn l3_a_storm_of_forks_is_over_when_the_cancel_is_answered_thirty_times() {
         assert_eq!(request.expect(200).json()["outcome"], json!({"kind": "cancelled"}), "round {round}");
     }
     println!("a storm is over {worst:?} after its cancel at worst");
-    assert!(worst < Duration::from_secs(2), "{worst:?}");
+    assert!(worst < at_most(Duration::from_secs(2)), "{worst:?}");
     wait_until("no leaf is left", || {
         let leaves = |root: &PathBuf| {
             fs::read_dir(root.join("t")).into_iter().flatten().flatten().any(|leaf| leaf.path().is_dir())
@@ -118,12 +119,13 @@ fn l3_a_storm_of_forks_is_over_when_the_cancel_is_answered_thirty_times() {
 #[test]
 fn l5_a_stopped_job_and_one_that_stops_everything_hold_up_nobody() {
     let server = start();
-    let stopped = Running::start(&server, "t", "probe", &json!(["signal", "19"]), &json!({"wall_time_ms": 3000}));
+    let long = u64::try_from(at_most(Duration::from_secs(3)).as_millis()).unwrap();
+    let stopped = Running::start(&server, "t", "probe", &json!(["signal", "19"]), &json!({"wall_time_ms": long}));
     let begun = Instant::now();
     for _ in 0..10 {
         assert_eq!(server.probe(&["exit", "0"], &json!({}))["outcome"]["kind"], "exited");
     }
-    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < at_most(Duration::from_secs(3)), "{:?}", begun.elapsed());
     assert_eq!(cancel(&server, stopped.id()), 200);
     assert_eq!(stopped.answer().expect(200).json()["outcome"], json!({"kind": "cancelled"}));
     server.assert_healthy();
@@ -133,7 +135,7 @@ fn l5_a_stopped_job_and_one_that_stops_everything_hold_up_nobody() {
 fn l6_no_signal_meets_a_process_that_has_a_dead_one_s_pid() {
     let server = start();
     // what must not be hit: a job that waits all along, and a process of the test's own
-    let bystander = Running::start(&server, "t", "probe", &json!(["count"]), &json!({}));
+    let bystander = Running::start(&server, "t", "probe", &json!(["count"]), &json!({"wall_time_ms": 600_000}));
     let own = Plain::start(0, &["cat"]);
     for _ in 0..8 {
         let churn = hold(&server, &["hide", "60000"], &json!({"pids": 24, "cpu_cores": 2}));

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use support::plain::outside;
+use support::slowness::at_most;
 use support::wat::command;
 use support::{Server, native, wasm};
 
@@ -84,7 +85,7 @@ fn w1_compile_bombs_end_within_the_compiler_s_limits_and_others_upload_meanwhile
             let answer = bomb.join().unwrap();
             let took = begun.elapsed();
             println!("{what}: {} after {took:?}; meanwhile {others} uploads of another tenant", answer.status);
-            assert!(took < Duration::from_secs(12), "{what}: {took:?}");
+            assert!(took < at_most(Duration::from_secs(12)), "{what}: {took:?}");
             match answer.status {
                 200 | 201 => {}
                 _ => assert_eq!(answer.problem(422), "invalid_artifact", "{what}"),

@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 use support::family::locked_bytes;
 use support::inspect::{Process, Running};
 use support::raw::Raw;
+use support::slowness::at_most;
 use support::{Server, native, wait_until, wasm, wat};
 use tempfile::TempDir;
 
@@ -66,7 +67,7 @@ fn crowd(server: &Server) -> (Vec<Running>, Vec<Process>) {
 fn gone_in_time(server: &Server, since: Instant, processes: &[Process]) {
     wait_until("every process has ended", || (!processes.iter().any(|process| process.lives())).then_some(()));
     wait_until("every cgroup is gone", || server.cgroups().is_empty().then_some(()));
-    assert!(since.elapsed() < GONE_WITHIN, "{:?}", since.elapsed());
+    assert!(since.elapsed() < at_most(GONE_WITHIN), "{:?}", since.elapsed());
     server.assert_nothing_left();
 }
 
@@ -92,7 +93,7 @@ fn l11_a_killed_server_s_jobs_cgroups_and_uids_are_gone_within_two_seconds() {
     server.kill();
     wait_until("every process has ended", || (!processes.iter().any(|process| process.lives())).then_some(()));
     wait_until("every cgroup is gone", || server.cgroups().is_empty().then_some(()));
-    assert!(since.elapsed() < GONE_WITHIN, "{:?}", since.elapsed());
+    assert!(since.elapsed() < at_most(GONE_WITHIN), "{:?}", since.elapsed());
     assert_eq!(locked_bytes(&locks), [] as [i64; 0]);
     assert!(upload.answer().is_none());
     drop(jobs);
@@ -134,7 +135,10 @@ fn l11_what_nobody_is_left_to_sweep_is_swept_by_the_next_start() {
     assert!(!left.is_empty());
     let mut survivor = Command::new("sleep").arg("60").spawn().unwrap();
     for cgroup in &left {
-        std::fs::write(cgroup.join("t/cgroup.procs"), survivor.id().to_string()).unwrap();
+        // v2 allows no process right in the tenant's
+        let place = cgroup.join("t/left");
+        std::fs::create_dir(&place).unwrap();
+        std::fs::write(place.join("cgroup.procs"), survivor.id().to_string()).unwrap();
     }
     let server = start_again(server.take_dir());
     let end = wait_until("the survivor is dead", || survivor.try_wait().unwrap());

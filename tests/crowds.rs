@@ -16,6 +16,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use support::inspect::{Process, Running};
 use support::raw::Raw;
+use support::slowness::at_most;
 use support::{PATIENCE, Server, native, wait_until, wasm, wat};
 
 const PROBE: &str = "/v1/tenants/t/plugins/probe/jobs";
@@ -86,7 +87,8 @@ fn two_servers_share_nothing_and_the_end_of_one_is_not_felt_by_the_other() {
     const EACH: usize = 8;
     let kept = start_with("");
     let crowd = |server: &Server| -> Vec<Running> {
-        let start = |i: usize| Running::start(server, "t", ["probe", "echo"][i % 2], &json!(["count"]), &json!({}));
+        let long = json!({"wall_time_ms": 600_000});
+        let start = |i: usize| Running::start(server, "t", ["probe", "echo"][i % 2], &json!(["count"]), &long);
         (0..EACH).map(start).collect()
     };
     let jobs = crowd(&kept);
@@ -172,7 +174,7 @@ fn who_waits_too_long_for_a_place_on_a_full_server_is_told_to_come_again() {
 
 #[test]
 fn a_backlog_delays_another_tenant_s_job_by_one_place_at_most() {
-    let server = start_with("jobs_running = 1");
+    let server = start_with("jobs_running = 1\nqueue_timeout_ms = 120000");
     server.tenant("small", &json!({}));
     server.upload("small", "probe", &native("probe"));
     let first = begin(&server, "t");
@@ -279,7 +281,7 @@ fn l8_three_hundred_jobs_leave_as_many_descriptors_mounts_and_cgroups_as_before(
         (figures[3].1 == server.cgroups().len()).then_some(figures)
     });
     run(38);
-    let deadline = Instant::now() + PATIENCE / 2;
+    let deadline = Instant::now() + at_most(PATIENCE / 2);
     wait_until("as little is there again", || {
         let after = figures(&server);
         let flat = after.iter().zip(&before).all(|(after, before)| after.1 <= before.1);

@@ -11,6 +11,7 @@ use serde_json::json;
 use support::function::{GUEST, ask, operator};
 use support::inspect::Process;
 use support::raw::Raw;
+use support::slowness::at_most;
 use support::{Server, wait_until};
 
 const CHUNKED: &str = "Transfer-Encoding: chunked";
@@ -224,7 +225,7 @@ fn a_job_may_work_on_after_its_answer_is_complete() {
     let mut raw = ask(&server, "GET /after?ms=1500", &[]);
     let answer = raw.answered().expect(200);
     assert_eq!(answer.text(), "done");
-    assert!(begun.elapsed() < Duration::from_millis(1500), "the answer waited for the job");
+    assert!(begun.elapsed() < at_most(Duration::from_millis(1500)), "the answer waited for the job");
     let id = answer.header("holm-job-id");
     assert_eq!(server.get(&format!("/v1/jobs/{id}")).json()["state"], "running");
     drop(raw);

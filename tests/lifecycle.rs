@@ -7,14 +7,15 @@ mod support;
 use std::fs;
 use std::net::TcpStream;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use support::inspect::Running;
 use support::raw::Raw;
-use support::{Answer, Server, native, wait_until, wasm, wat};
+use support::slowness::at_most;
+use support::{Answer, OPERATOR, Server, native, wait_until, wasm, wat};
 
 const PROBE: &str = "/v1/tenants/t/plugins/probe/jobs";
 
@@ -47,11 +48,22 @@ fn an_idle_server_stops_within_a_second_and_takes_its_whole_family_along() {
         let begun = Instant::now();
         server.signal(signal);
         ends_clean(&mut server);
-        assert!(begun.elapsed() < Duration::from_secs(1), "{signal}: {:?}", begun.elapsed());
+        assert!(begun.elapsed() < at_most(Duration::from_secs(1)), "{signal}: {:?}", begun.elapsed());
         assert!(!family.iter().any(|process| process.lives()));
         assert!(TcpStream::connect(server.address()).is_err());
         drop((silent, half));
     }
+}
+
+#[test]
+fn a_strict_umask_of_the_server_s_is_not_the_jobs() {
+    let dir = tempfile::tempdir().unwrap();
+    let plain = Server::command(&dir, "");
+    let mut strict = Command::new("sh");
+    strict.args(["-c", "umask 077 && exec \"$@\"", "sh"]).arg(plain.get_program()).args(plain.get_args());
+    strict.env("HOLM_OPERATOR_KEY", OPERATOR).stdin(Stdio::null());
+    strict.stderr(fs::OpenOptions::new().append(true).open(dir.path().join("log")).unwrap());
+    Server::spawn(strict, dir).with_probe().assert_healthy();
 }
 
 #[test]

@@ -48,11 +48,18 @@ impl Running {
     /// A file of its own cgroup, in the hierarchy that has one of this name.
     #[track_caller]
     pub fn cgroup_file(&self, server: &Server, file: &str) -> PathBuf {
+        self.any_cgroup_file(server, &[file])
+    }
+
+    /// The same, of the first of these names that there is: v1 and v2 differ.
+    #[track_caller]
+    pub fn any_cgroup_file(&self, server: &Server, names: &[&str]) -> PathBuf {
         let cgroup = self.record["isolation"]["cgroups"]["pids"].as_str().unwrap();
         let (_, below) = cgroup.split_once("/holm-").unwrap();
         let (_, leaf) = below.split_once('/').unwrap();
-        let mut files = server.cgroups().into_iter().map(|root| root.join(leaf).join(file));
-        files.find(|path| path.exists()).unwrap_or_else(|| panic!("no `{file}` in any hierarchy"))
+        let roots = server.cgroups();
+        let mut files = names.iter().flat_map(|name| roots.iter().map(move |root| root.join(leaf).join(name)));
+        files.find(|path| path.exists()).unwrap_or_else(|| panic!("no {names:?} in any hierarchy"))
     }
 
     /// Sends more of the input.
@@ -121,16 +128,21 @@ impl Process {
         entries.map(|entry| (number(&entry.file_name()), target(&entry))).collect()
     }
 
-    /// The cgroup of each controller; v2 under `unified`.
+    /// The cgroup of each controller; that of v2 under `unified`, and on pure v2 under the names of all that limit jobs.
     pub fn cgroups(self) -> BTreeMap<String, String> {
         let text = fs::read_to_string(self.path("cgroup")).unwrap_or_default();
-        let mut cgroups = BTreeMap::from([("pids".to_owned(), String::new())]);
+        let mut cgroups = BTreeMap::new();
         for line in text.lines() {
             let [_, controllers, path] = line.splitn(3, ':').collect::<Vec<_>>()[..] else { panic!("{line}") };
             for controller in controllers.split(',') {
                 let name = if controller.is_empty() { "unified" } else { controller };
                 cgroups.insert(name.to_owned(), path.to_owned());
             }
+        }
+        // a process that is gone is in none
+        let rest = cgroups.get("unified").cloned().unwrap_or_default();
+        for controller in ["cpu", "cpuacct", "memory", "pids", "freezer"] {
+            cgroups.entry(controller.to_owned()).or_insert_with(|| rest.clone());
         }
         cgroups
     }

@@ -14,6 +14,7 @@ pub mod function;
 pub mod inspect;
 pub mod plain;
 pub mod raw;
+pub mod slowness;
 pub mod wat;
 
 use std::fs;
@@ -26,14 +27,18 @@ use holm_sandbox::cgroup::Plan;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
+use slowness::at_most;
 use tempfile::TempDir;
 use ureq::Agent;
 
 /// The operator's key of every test server.
 pub const OPERATOR: &str = "operator-key-of-the-tests-0123456789abcdef";
 
-/// How long a server may take to begin or to end.
+/// How long a server may take to begin or to end, on a machine of the usual speed.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The server's default for how long a client may be slow.
+const BODY_GRACE: Duration = Duration::from_secs(10);
 
 /// A running server. Stopped in order when dropped; the drop fails the test if anything is left of it.
 pub struct Server {
@@ -112,7 +117,8 @@ impl Server {
             let log = fs::read_to_string(dir.path().join("log")).unwrap();
             panic!("the server did not start: {line:?}, {}\n{log}", child.wait().unwrap());
         };
-        let agent = Agent::config_builder().http_status_as_error(false).timeout_global(Some(2 * PATIENCE)).build();
+        let agent =
+            Agent::config_builder().http_status_as_error(false).timeout_global(Some(at_most(2 * PATIENCE))).build();
         let url = url.to_owned();
         Self { child: Some(child), stdout: Some(stdout), url, dir, agent: agent.into() }
     }
@@ -120,7 +126,11 @@ impl Server {
     /// The command line of a server in `dir`, on a free port. Its log goes to `DIR/log`, shown when a test fails.
     pub fn command(dir: &TempDir, config: &str) -> Command {
         let file = dir.path().join("holm.toml");
-        fs::write(&file, config).unwrap();
+        // clients that say nothing for a while are part of many tests
+        let grace = at_most(BODY_GRACE);
+        let slow = grace > BODY_GRACE && !config.contains("body_grace_ms");
+        let patient = if slow { format!("body_grace_ms = {}\n", grace.as_millis()) } else { String::new() };
+        fs::write(&file, patient + config).unwrap();
         let log = fs::OpenOptions::new().create(true).append(true).open(dir.path().join("log")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_holm"));
         command.arg("serve").arg("--config").arg(&file).args(["--listen", "127.0.0.1:0", "--data-dir"]);
@@ -328,7 +338,7 @@ impl Drop for Server {
     fn drop(&mut self) {
         let Some(mut child) = self.child.take() else { return };
         let _ = kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + at_most(PATIENCE);
         while matches!(child.try_wait(), Ok(None)) && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -357,7 +367,7 @@ fn collect_pids(dir: &Path, pids: &mut Vec<u32>) {
 /// Asks until there is an answer, or the time is up.
 #[track_caller]
 pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + at_most(PATIENCE);
     loop {
         if let Some(answer) = ask() {
             return answer;

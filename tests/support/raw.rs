@@ -5,6 +5,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 
 use ureq::http::{HeaderMap, HeaderName, HeaderValue};
 
+use super::slowness::at_most;
 use super::{Answer, OPERATOR, PATIENCE, Server};
 
 /// The longest answer that is read by hand.
@@ -20,8 +21,8 @@ pub struct Raw {
 impl Raw {
     pub fn connect(server: &Server) -> Self {
         let stream = TcpStream::connect(server.address()).unwrap();
-        stream.set_read_timeout(Some(2 * PATIENCE)).unwrap();
-        stream.set_write_timeout(Some(2 * PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(at_most(2 * PATIENCE))).unwrap();
+        stream.set_write_timeout(Some(at_most(2 * PATIENCE))).unwrap();
         stream.set_nodelay(true).unwrap();
         Self { stream, rest: Vec::new() }
     }

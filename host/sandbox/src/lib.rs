@@ -21,6 +21,7 @@ pub mod name;
 pub mod policy;
 pub mod probe;
 pub mod protocol;
+pub mod rootless;
 pub mod spec;
 #[allow(unsafe_code)]
 mod sys;

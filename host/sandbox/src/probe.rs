@@ -12,10 +12,11 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{Resource, getrlimit};
 use serde::Serialize;
 
-use crate::cgroup::Plan;
+use crate::cgroup::{CgroupError, Plan};
 use crate::error::{LaunchError, in_words};
 use crate::limits::{Ceiling, Limits};
 use crate::protocol::{FromLauncher, ToLauncher};
+use crate::rootless::{self, RootlessError, on_host};
 use crate::spec::{Kind, SandboxId, SandboxSpec};
 use crate::sys::process::landlock_abi;
 use crate::uids::UidPool;
@@ -75,9 +76,21 @@ const NEEDED: [Capability; 8] = {
 const MOST_OPEN_FILES: u64 = *Limits::OPEN_FILES.end() as u64;
 
 /// Looks at every requirement. Changes nothing on the machine but the lock directory.
+///
+/// For an ordinary user this program then begins again in a user namespace, see [`rootless::enter`]; where that fails,
+/// it is one more check, after what root would have.
 #[must_use]
 pub fn machine(lock_dir: &Path) -> Vec<Check> {
-    vec![
+    let mut checks = look(lock_dir);
+    if rootless::needed() {
+        let Err(error) = rootless::enter(lock_dir);
+        checks.push(refused_user(&error));
+    }
+    checks
+}
+
+fn look(lock_dir: &Path) -> Vec<Check> {
+    let always = [
         kernel(),
         privileges(),
         namespaces(),
@@ -89,7 +102,8 @@ pub fn machine(lock_dir: &Path) -> Vec<Check> {
         swap(),
         pids(),
         neighbours(),
-    ]
+    ];
+    always.into_iter().chain(user_namespace()).collect()
 }
 
 fn read(path: &str) -> Option<String> {
@@ -125,6 +139,22 @@ fn privileges() -> Check {
     Check::ok("privileges", "all needed capabilities")
 }
 
+/// What is weaker where Holm is not started by the host's root. `None` on the host.
+fn user_namespace() -> Option<Check> {
+    let found = "not the host's: the kernel's quotas of one user there (inotify instances, pending signals, namespaces) \
+                 are shared by all jobs, and their device nodes are the host's own, on which jobs could see each \
+                 other's file locks; all other layers are the same";
+    let mend = "start holm as the host's root for quotas and nodes of each job's own; it drops all privilege";
+    (!on_host()).then(|| Check::warn("user namespace", found, mend))
+}
+
+/// That an ordinary user cannot run Holm here, and why.
+fn refused_user(error: &RootlessError) -> Check {
+    let mend = "let the user have user namespaces (sysctl kernel.unprivileged_userns_clone, user.max_user_namespaces, \
+                AppArmor), the package `uidmap` and subordinate ids; or start holm as root";
+    Check::fail("ordinary user", in_words(error), mend)
+}
+
 fn namespaces() -> Check {
     let mut problems = Vec::new();
     for (name, sysctl) in [
@@ -150,10 +180,16 @@ fn namespaces() -> Check {
 }
 
 fn cgroups() -> Check {
-    match Plan::for_this_process() {
+    let usable = Plan::for_this_process().and_then(|plan| plan.check_room().map(|()| plan));
+    match usable {
+        Err(error @ CgroupError::Shared { .. }) => {
+            let mend = "give holm a cgroup of its own: the unit `holm.service`, or before the command \
+                        `systemd-run --scope -p Delegate=yes` (an ordinary user: `systemd-run --user --scope …`)";
+            Check::fail("cgroups", in_words(&error), mend)
+        }
         Ok(plan) => Check::ok("cgroups", format!("{}: cpu, cpuacct, memory, pids, freezer", plan.version())),
         Err(error) => {
-            let mend = "mount the cgroup file systems writable; under systemd use a unit with Delegate=yes";
+            let mend = "mount the cgroup file systems writable; under systemd use the unit `holm.service`, or another with Delegate=yes";
             Check::fail("cgroups", in_words(&error), mend)
         }
     }
@@ -184,9 +220,9 @@ fn seccomp() -> Check {
 
 fn uids(lock_dir: &Path) -> Check {
     match UidPool::claim(lock_dir) {
-        Ok(_) => Check::ok("uids", "a block of 1,048,576 host uids is free"),
+        Ok(_) => Check::ok("uids", "a block of uids for jobs is free"),
         Err(error) => {
-            let mend = format!("make `{}` writable for root, on a local file system", lock_dir.display());
+            let mend = format!("make `{}` writable for who starts holm, on a local file system", lock_dir.display());
             Check::fail("uids", in_words(&error), mend)
         }
     }
@@ -343,7 +379,7 @@ mod tests {
     #[test]
     fn whatever_is_not_met_says_how_to_mend_it() {
         let dir = tempfile::tempdir().unwrap();
-        for check in machine(dir.path()) {
+        for check in look(dir.path()) {
             assert_eq!(check.status == Status::Ok, check.mend.is_empty(), "{check:?}");
             assert!(!check.found.is_empty(), "{check:?}");
         }

@@ -27,17 +27,72 @@ use crate::spec::IDS_PER_JOB;
 /// leaves unused on Linux systems, above every range for users, containers and `/etc/subuid`.
 const FIRST_UID: u32 = 0x7000_0000;
 
-/// Uids of one block: 163 runs.
-const BLOCK_UIDS: u32 = 1 << 20;
-
-/// Number of blocks: up to 2^31, above which some programs take uids for negative.
-const BLOCKS: u32 = 255;
-
 /// Job slots in one run: as many as a tenant may have jobs running by default.
 const RUN_SLOTS: u32 = 64;
 
-const RUN_UIDS: u32 = RUN_SLOTS * IDS_PER_JOB;
-const RUNS_PER_BLOCK: u32 = BLOCK_UIDS / RUN_UIDS;
+/// Job slots in one run, and runs in one block, of the few ids that an ordinary user has.
+const FEW_SLOTS: u32 = 8;
+const FEW_RUNS: u32 = 10;
+
+/// The ids that jobs may have on this machine, and how they are divided: all instances that share them agree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IdRange {
+    first: u32,
+    blocks: u32,
+    block_ids: u32,
+    /// Job slots in one run, at most 64.
+    run_slots: u32,
+}
+
+impl IdRange {
+    /// The ids of a host: 255 blocks of 163 runs up to 2^31, above which some programs take uids for negative.
+    const HOST: Self = Self { first: FIRST_UID, blocks: 255, block_ids: 1 << 20, run_slots: RUN_SLOTS };
+
+    /// The fewest ids that can be divided.
+    pub(crate) const LEAST: u32 = FEW_SLOTS * FEW_RUNS * IDS_PER_JOB;
+
+    /// The ids of this process's user namespace: a host's, or else what is mapped there besides root. `None` if that
+    /// is not enough.
+    pub(crate) fn of_this_process() -> Option<Self> {
+        let read = |file| fs::read_to_string(format!("/proc/self/{file}")).unwrap_or_default();
+        Self::of(&read("uid_map"), &read("gid_map"))
+    }
+
+    /// From the texts of `/proc/self/uid_map` and `gid_map`: lines of first id inside, first outside, number.
+    fn of(uid_map: &str, gid_map: &str) -> Option<Self> {
+        let (uids, gids) = (mapped(uid_map), mapped(gid_map));
+        let both = |(uid, uids): &(u32, u32), (gid, gids): &(u32, u32)| {
+            let (first, end) = ((*uid).max(*gid).max(1), uid.saturating_add(*uids).min(gid.saturating_add(*gids)));
+            (first, end.saturating_sub(first))
+        };
+        let common: Vec<_> = uids.iter().flat_map(|uid| gids.iter().map(move |gid| both(uid, gid))).collect();
+        let host = Self::HOST;
+        let host_end = host.first + host.blocks * host.block_ids;
+        if common.iter().any(|(first, count)| *first <= host.first && first.saturating_add(*count) >= host_end) {
+            return Some(host);
+        }
+        let (first, count) = common.into_iter().max_by_key(|(_, count)| *count)?;
+        let few = Self { first, blocks: (count / Self::LEAST).min(255), block_ids: Self::LEAST, run_slots: FEW_SLOTS };
+        (few.blocks > 0).then_some(few)
+    }
+
+    const fn run_ids(self) -> u32 {
+        self.run_slots * IDS_PER_JOB
+    }
+
+    const fn runs_per_block(self) -> u32 {
+        self.block_ids / self.run_ids()
+    }
+}
+
+/// The first ids inside and the lengths of the lines of a map.
+fn mapped(map: &str) -> Vec<(u32, u32)> {
+    let line = |line: &str| {
+        let [inside, _, count] = line.split_whitespace().collect::<Vec<_>>()[..] else { return None };
+        Some((inside.parse().ok()?, count.parse().ok()?))
+    };
+    map.lines().filter_map(line).collect()
+}
 
 /// How long the last launcher of an instance may take to end when its server has died: longer than its last wait and
 /// its and its sweeper's sweep together.
@@ -62,8 +117,11 @@ pub enum UidError {
         source: io::Error,
     },
     /// Other instances hold every block.
-    #[error("all {BLOCKS} blocks of host uids are claimed by other servers on this host")]
+    #[error("all blocks of uids for jobs are claimed by other servers on this host")]
     Exhausted,
+    /// The user namespace has no ids for jobs.
+    #[error("fewer than {} ids besides root's are mapped in this user namespace", IdRange::LEAST)]
+    TooFew,
     /// An earlier launcher still has the instance's cgroups.
     #[error("the launcher of the last server on this data directory has not ended; end it, or wait")]
     Predecessor,
@@ -73,6 +131,7 @@ pub enum UidError {
 #[derive(Debug)]
 pub(crate) struct UidPool {
     lock: OwnedFd,
+    range: IdRange,
     blocks: Vec<u32>,
     /// Run number (block × runs per block + run) to the tenant that has it.
     runs: BTreeMap<u32, Name>,
@@ -97,6 +156,7 @@ pub(crate) struct JobIds {
 impl UidPool {
     /// Claims a first block, through a lock file in `dir`.
     pub(crate) fn claim(dir: &Path) -> Result<Self, UidError> {
+        let range = IdRange::of_this_process().ok_or(UidError::TooFew)?;
         let path = dir.join("uid-blocks");
         let open = || -> io::Result<OwnedFd> {
             fs::DirBuilder::new().recursive(true).mode(0o755).create(dir)?;
@@ -106,7 +166,7 @@ impl UidPool {
             Ok(options.custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC).open(&path)?.into())
         };
         let lock = open().map_err(|source| UidError::Open { path: path.clone(), source })?;
-        let mut pool = Self { lock, blocks: Vec::new(), runs: BTreeMap::new(), tenants: HashMap::new() };
+        let mut pool = Self { lock, range, blocks: Vec::new(), runs: BTreeMap::new(), tenants: HashMap::new() };
         pool.claim_block().map_err(|_| UidError::Exhausted)?;
         Ok(pool)
     }
@@ -130,14 +190,16 @@ impl UidPool {
     }
 
     fn claim_block(&mut self) -> nix::Result<()> {
-        let free = (0..BLOCKS).find(|block| !self.blocks.contains(block) && lock_byte(&self.lock, i64::from(*block)));
+        let free = (0..self.range.blocks)
+            .find(|block| !self.blocks.contains(block) && lock_byte(&self.lock, i64::from(*block)));
         self.blocks.push(free.ok_or(Errno::EUSERS)?);
         Ok(())
     }
 
     /// Takes the ids for one more job of `tenant`. `EUSERS` when the host has none left.
     pub(crate) fn take(&mut self, tenant: &Name) -> nix::Result<JobIds> {
-        let full = |run: &Run| run.taken == u64::MAX;
+        let range = self.range;
+        let full = |run: &Run| run.taken.count_ones() == range.run_slots;
         if self.tenants.get(tenant).is_none_or(|runs| runs.iter().all(full)) {
             let number = self.free_run()?;
             self.runs.insert(number, tenant.clone());
@@ -147,17 +209,15 @@ impl UidPool {
         let run = runs.iter_mut().find(|run| !full(run)).ok_or(Errno::EUSERS)?;
         let slot = run.taken.trailing_ones();
         run.taken |= 1 << slot;
-        let (block, within) = (run.number / RUNS_PER_BLOCK, run.number % RUNS_PER_BLOCK);
-        let first = FIRST_UID + block * BLOCK_UIDS + within * RUN_UIDS + slot * IDS_PER_JOB;
+        let (block, within) = (run.number / range.runs_per_block(), run.number % range.runs_per_block());
+        let first = range.first + block * range.block_ids + within * range.run_ids() + slot * IDS_PER_JOB;
         Ok(JobIds { first, run: run.number, slot })
     }
 
     fn free_run(&mut self) -> nix::Result<u32> {
+        let runs = self.range.runs_per_block();
         let find = |pool: &Self| {
-            let numbers = pool.blocks.iter().flat_map(|block| {
-                let start = block * RUNS_PER_BLOCK;
-                start..start + RUNS_PER_BLOCK
-            });
+            let numbers = pool.blocks.iter().flat_map(|block| block * runs..(block + 1) * runs);
             numbers.into_iter().find(|number| !pool.runs.contains_key(number))
         };
         if let Some(number) = find(self) {
@@ -246,16 +306,30 @@ mod tests {
         let dir = dir("back");
         let mut pool = UidPool::claim(&dir).unwrap();
         let (a, b): (Name, Name) = ("a".parse().unwrap(), "b".parse().unwrap());
-        let ids: Vec<JobIds> = (0..RUN_SLOTS).map(|_| pool.take(&a).unwrap()).collect();
-        assert_eq!(ids[63].first - ids[0].first, 63 * IDS_PER_JOB);
+        let ids: Vec<JobIds> = (0..pool.range.run_slots).map(|_| pool.take(&a).unwrap()).collect();
+        let last = pool.range.run_slots - 1;
+        assert_eq!(ids[last as usize].first - ids[0].first, last * IDS_PER_JOB);
         let other = pool.take(&b).unwrap();
-        assert!(other.first >= ids[0].first + RUN_UIDS);
+        assert!(other.first >= ids[0].first + pool.range.run_ids());
         for ids in &ids {
             pool.give_back(ids);
         }
         pool.give_back(&other);
         assert!(pool.runs.is_empty() && pool.tenants.is_empty());
         fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn a_user_namespace_has_the_ids_that_are_mapped_in_both_maps() {
+        let all = "         0          0 4294967295\n";
+        assert_eq!(IdRange::of(all, all), Some(IdRange::HOST));
+        let few = "0 1000 1\n1 100000 65536\n";
+        let range = IdRange::of(few, few).unwrap();
+        assert_eq!((range.first, range.blocks, range.block_ids), (1, 8, 8000));
+        assert_eq!(IdRange::of(few, "0 1000 1\n500 100000 65536\n").unwrap().first, 500);
+        for too_few in ["0 1000 1\n", "0 1000 1\n1 100000 7999\n", "", "nonsense"] {
+            assert_eq!(IdRange::of(too_few, all), None, "{too_few}");
+        }
     }
 
     #[test]
@@ -280,7 +354,7 @@ mod tests {
     fn a_full_block_makes_the_pool_claim_another() {
         let dir = dir("full");
         let mut pool = UidPool::claim(&dir).unwrap();
-        let tenants: Vec<Name> = (0..=RUNS_PER_BLOCK).map(|i| format!("t{i}").parse().unwrap()).collect();
+        let tenants: Vec<Name> = (0..=pool.range.runs_per_block()).map(|i| format!("t{i}").parse().unwrap()).collect();
         let firsts: HashSet<u32> = tenants.iter().map(|t| pool.take(t).unwrap().first).collect();
         assert_eq!(firsts.len(), tenants.len());
         assert_eq!(pool.blocks.len(), 2);

@@ -25,7 +25,7 @@ pub(super) struct DoctorArgs {
     #[arg(long)]
     policy: bool,
     /// Where servers on this host agree about uids
-    #[arg(long, value_name = "DIR", default_value = LOCK_DIR, hide = true)]
+    #[arg(long, value_name = "DIR", default_value = LOCK_DIR, env = "HOLM_LOCK_DIR", hide = true)]
     lock_dir: PathBuf,
 }
 

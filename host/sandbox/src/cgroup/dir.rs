@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, open, openat};
-use nix::sys::stat::{Mode, mkdirat};
+use nix::sys::stat::{Mode, fstat, mkdirat};
 use nix::sys::statfs::{CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, Statfs, statfs};
-use nix::unistd::{AccessFlags, Pid, UnlinkatFlags, faccessat, unlinkat};
+use nix::unistd::{AccessFlags, Pid, Uid, UnlinkatFlags, faccessat, unlinkat};
 
 /// The longest control file that is read. `cpuacct.usage_all` of a large machine is the longest that we know, and we
 /// do not read it; 64 KiB hold the pids of some 8,000 processes.
@@ -51,6 +51,11 @@ impl Dir {
             Err(Errno::ENOENT) => Ok(()),
             other => other,
         }
+    }
+
+    /// Whose directory it is.
+    pub(crate) fn owner(&self) -> nix::Result<Uid> {
+        Ok(Uid::from_raw(fstat(&self.0)?.st_uid))
     }
 
     /// The names of the cgroups directly below.

@@ -15,12 +15,15 @@ pub struct Layout {
     pub v2: Option<Hierarchy>,
 }
 
+/// The leaf that holds the server and its launcher where v2 allows them no place in the cgroup above; see `room`.
+pub const SERVER_LEAF: &str = "holm-server";
+
 /// One hierarchy and this process's place in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hierarchy {
     /// The controllers bound to it. Empty for v2, whose controllers are in `cgroup.controllers` of each directory.
     pub controllers: BTreeSet<String>,
-    /// The directory of this process's own cgroup.
+    /// The directory of this process's own cgroup; on v2, of the one above where its own is [`SERVER_LEAF`].
     pub own_dir: PathBuf,
     /// The same as a path below the hierarchy's root, as `/proc/PID/cgroup` has it.
     pub own_path: String,
@@ -59,12 +62,9 @@ impl Layout {
             return Err(LayoutError::NoneMounted);
         }
         let v2 = mounts.iter().filter(|m| m.v2).find_map(|mount| {
-            let own_path = own.get("")?;
-            Some(Hierarchy {
-                controllers: BTreeSet::new(),
-                own_dir: mount.locate(own_path)?,
-                own_path: own_path.clone(),
-            })
+            let own_path = above_server_leaf(own.get("")?);
+            let own_dir = mount.locate(own_path)?;
+            Some(Hierarchy { controllers: BTreeSet::new(), own_dir, own_path: own_path.to_owned() })
         });
         let mut v1: Vec<Hierarchy> = Vec::new();
         for mount in mounts.iter().filter(|m| !m.v2) {
@@ -85,6 +85,15 @@ impl Layout {
     #[must_use]
     pub fn v1_with(&self, controller: &str) -> Option<&Hierarchy> {
         self.v1.iter().find(|h| h.controllers.contains(controller))
+    }
+}
+
+/// Where a server's cgroups are, from where it is itself.
+fn above_server_leaf(own_path: &str) -> &str {
+    match own_path.rsplit_once('/') {
+        Some(("", SERVER_LEAF)) => "/",
+        Some((above, SERVER_LEAF)) => above,
+        _ => own_path,
     }
 }
 
@@ -259,6 +268,20 @@ mod tests {
         assert!(layout.v1.is_empty());
         let v2 = layout.v2.unwrap();
         assert_eq!(v2.own_dir, Path::new("/sys/fs/cgroup/system.slice/holm.service"));
+    }
+
+    #[test]
+    fn a_server_in_its_leaf_has_its_cgroups_beside_it() {
+        let mounts = "25 23 0:22 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
+        for (own, dir) in [
+            ("/system.slice/holm.service/holm-server", "/sys/fs/cgroup/system.slice/holm.service"),
+            ("/holm-server", "/sys/fs/cgroup"),
+            ("/a/holm-server/b", "/sys/fs/cgroup/a/holm-server/b"),
+            ("/a/not-holm-server", "/sys/fs/cgroup/a/not-holm-server"),
+        ] {
+            let v2 = Layout::discover(mounts, &format!("0::{own}\n")).unwrap().v2.unwrap();
+            assert_eq!(v2.own_dir, Path::new(dir), "{own}");
+        }
     }
 
     #[test]

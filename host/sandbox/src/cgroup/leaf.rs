@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 
 use super::control::Control;
 use super::tree::Level;
-use super::{Plan, Role, v2};
+use super::{Plan, Role, UNIFIED, v2};
 use crate::name::Name;
 use crate::spec::SandboxSpec;
 use crate::usage::Usage;
@@ -76,7 +76,12 @@ impl Leaf {
     pub(crate) fn holds(&self, membership: &BTreeMap<String, String>) -> bool {
         let in_leaf = |name: &str| membership.get(name).is_some_and(|path| path.ends_with(&self.path));
         let v1 = Role::ALL.into_iter().filter(|role| !self.plan.is_v2(*role)).all(|role| in_leaf(role.v1_name()));
-        v1 && (self.plan.v2.is_none() || in_leaf("unified"))
+        v1 && (self.plan.v2.is_none() || in_leaf(UNIFIED))
+    }
+
+    /// The cgroups of a process with this membership, by the names of the controllers that limit it.
+    pub(crate) fn by_controller(&self, membership: BTreeMap<String, String>) -> BTreeMap<String, String> {
+        self.plan.name_v2_controllers(membership)
     }
 
     /// Kills everything in the leaf that the death of its init would not take with it at once, frozen or not.

@@ -7,6 +7,7 @@ mod control;
 mod dir;
 pub mod hierarchy;
 mod leaf;
+mod room;
 mod tree;
 mod v1;
 mod v2;
@@ -21,6 +22,9 @@ use self::hierarchy::{Hierarchy, Layout, LayoutError};
 pub(crate) use self::leaf::Leaf;
 use self::tree::Level;
 pub(crate) use self::tree::{Remains, Tree};
+
+/// What the v2 hierarchy is called among those that a process is in.
+const UNIFIED: &str = "unified";
 
 /// What the kernel rounds memory limits down to, on x86-64.
 const PAGE_BYTES: u64 = 4096;
@@ -85,6 +89,14 @@ pub enum CgroupError {
     /// Some controllers are not to be had.
     #[error("this process can make no cgroups of {}", .0.iter().map(|role| role.v1_name()).collect::<Vec<_>>().join(", "))]
     Missing(Vec<Role>),
+    /// On v2, processes of others are where the instance's cgroups would be.
+    #[error("processes that are not Holm's are in the cgroup `{path}`: {}", .others.join(", "))]
+    Shared {
+        /// The server's own cgroup.
+        path: String,
+        /// Their pids and names.
+        others: Vec<String>,
+    },
     /// A directory could not be made, opened or removed.
     #[error("{what} the cgroup `{path}`")]
     Directory {
@@ -123,6 +135,19 @@ impl Plan {
         Self::from_layout(layout, &v2_controllers)
     }
 
+    /// Looks whether there is room for an instance: on v2, nobody else's process in the server's own cgroup.
+    ///
+    /// # Errors
+    /// [`CgroupError::Shared`] names the processes.
+    pub fn check_room(&self) -> Result<(), CgroupError> {
+        let (Some(v2), delegation) = (self.v2, self.v2_delegation()) else { return Ok(()) };
+        let hierarchy = &self.hierarchies[v2];
+        match Dir::open(&hierarchy.own_dir) {
+            Ok(base) if !delegation.is_empty() => room::check(&base, hierarchy, &delegation),
+            _ => Ok(()),
+        }
+    }
+
     fn from_layout(layout: Layout, v2_controllers: &[String]) -> Result<Self, CgroupError> {
         let pure_v2 = layout.v1.is_empty();
         let mut hierarchies: Vec<Hierarchy> = Vec::new();
@@ -158,6 +183,16 @@ impl Plan {
             })
         });
         Ok(Self { hierarchies, roles, v2 })
+    }
+
+    /// `membership`, completed by the names of the controllers that jobs are limited by on v2.
+    fn name_v2_controllers(&self, mut membership: BTreeMap<String, String>) -> BTreeMap<String, String> {
+        if let Some(path) = membership.get(UNIFIED).cloned() {
+            for role in Role::ALL.into_iter().filter(|role| self.is_v2(*role)) {
+                membership.insert(role.v1_name().to_owned(), path.clone());
+            }
+        }
+        membership
     }
 
     fn is_v2(&self, role: Role) -> bool {
@@ -203,7 +238,7 @@ pub(crate) fn membership(text: &str) -> BTreeMap<String, String> {
             continue;
         };
         if controllers.is_empty() {
-            paths.insert("unified".to_owned(), path.to_owned());
+            paths.insert(UNIFIED.to_owned(), path.to_owned());
         }
         for controller in controllers.split(',') {
             if Role::ALL.iter().any(|role| role.v1_name() == controller) {

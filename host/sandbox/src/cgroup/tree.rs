@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use super::dir::Dir;
 use super::hierarchy::Hierarchy;
 use super::leaf::Leaf;
-use super::{CgroupError, Plan, Role, v1, v2};
+use super::{CgroupError, Plan, Role, room, v1, v2};
 use crate::limits::Ceiling;
 use crate::name::Name;
 
@@ -139,11 +139,12 @@ impl Tree {
         let delegation = plan.v2_delegation();
         if let (Some(v2), false) = (plan.v2, delegation.is_empty()) {
             let hierarchy = &plan.hierarchies[v2];
-            for dir in [&base.0[v2], &root.0[v2]] {
-                v2::delegate(dir, &delegation)
-                    .inspect_err(|_| sweep(&base, &name))
-                    .map_err(|e| failed("delegate the controllers of", hierarchy, e))?;
-            }
+            room::delegate(&base.0[v2], hierarchy, &delegation)
+                .and_then(|()| {
+                    v2::delegate(&root.0[v2], &delegation)
+                        .map_err(|e| failed("delegate the controllers of", hierarchy, e))
+                })
+                .inspect_err(|_| sweep(&base, &name))?;
         }
         Ok(Self { plan: Rc::new(plan), base, name, root: Rc::new(root), tenants: HashMap::new() })
     }
@@ -274,6 +275,7 @@ fn sweep(base: &Level, name: &str) {
 fn sweep_once(parent: &Dir, name: &str) -> bool {
     let Ok(dir) = parent.child(name) else { return true };
     let _ = v1::thaw(&dir); // refused in hierarchies without a freezer
+    let _ = v2::kill(&dir); // on v2, everything below at once, also what is just being born
     for child in dir.children().unwrap_or_default() {
         sweep_once(&dir, &child);
     }

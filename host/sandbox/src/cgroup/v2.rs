@@ -12,12 +12,14 @@ pub(super) fn available(dir: &Dir) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
 
-/// Gives `controllers` to the children of this cgroup.
+/// Gives `controllers` to the children of this cgroup. `EBUSY` or `EOPNOTSUPP` while it has processes of its own and is
+/// not the root of all.
+///
+/// In one write, all or none: `cpu` and `pids` alone would be given in spite of processes, and make of the cgroup a
+/// thread root, which can give no `memory` (`cgroups(7)`, "Thread mode").
 pub(super) fn delegate(dir: &Dir, controllers: &[&str]) -> nix::Result<()> {
-    for controller in controllers {
-        dir.write("cgroup.subtree_control", &format!("+{controller}"))?;
-    }
-    Ok(())
+    let words: Vec<String> = controllers.iter().map(|controller| format!("+{controller}")).collect();
+    if words.is_empty() { Ok(()) } else { dir.write("cgroup.subtree_control", &words.join(" ")) }
 }
 
 /// Limits memory with no swap, and makes an OOM kill take the whole cgroup.

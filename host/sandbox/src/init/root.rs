@@ -18,7 +18,7 @@ use nix::unistd::{chdir, fchdir, pivot_root, symlinkat};
 
 use crate::error::{AtStep, LaunchError, Step};
 use crate::spec::{JOB_ID, Kind, SandboxSpec};
-use crate::sys::mount::{MountAttr, attach, new_mount, restrict};
+use crate::sys::mount::{MountAttr, attach, clone_mount, new_mount, restrict};
 
 /// Where the launcher's own root has its empty directory.
 pub(crate) const MOUNT_POINT: &CStr = c"/new";
@@ -105,12 +105,17 @@ impl Mount {
     }
 }
 
+/// Of the file system at `/dev`.
+const DEV_OPTIONS: [(&CStr, &CStr); 3] = [(c"size", c"4k"), (c"nr_inodes", c"16"), (c"mode", c"0755")];
+
+/// Of each device that is the host's own.
+const BOUND_DEVICE: MountAttr = MountAttr::NOSUID.and(MountAttr::NOEXEC);
+
 /// Makes `/dev`, not attached anywhere. For the launcher: device nodes can only be made with the host's privilege.
 ///
 /// Each sandbox has its own, so that the nodes' inodes (locks, timestamps) are no channel between jobs.
 pub(crate) fn make_dev() -> nix::Result<OwnedFd> {
-    let options = [(c"size", c"4k"), (c"nr_inodes", c"16"), (c"mode", c"0755")];
-    let dev = new_mount(DEV.fs, &options, DEV.open())?;
+    let dev = new_mount(DEV.fs, &DEV_OPTIONS, DEV.open())?;
     for (name, major, minor) in DEVICES {
         mknodat(&dev, name, SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(major, minor))?;
         fchmodat(&dev, name, Mode::from_bits_truncate(0o666), nix::sys::stat::FchmodatFlags::FollowSymlink)?;
@@ -122,7 +127,53 @@ pub(crate) fn make_dev() -> nix::Result<OwnedFd> {
     Ok(dev)
 }
 
-/// Builds the root of `spec`, pivots into it and lets the old one go. `program` is the ELF of a native job.
+/// Makes `/dev` in `root` where device nodes cannot be made, in a user namespace of an ordinary user: the host's own,
+/// mounted on files. The launcher's root has them, see [`bind_devices`].
+fn bind_dev(root: &OwnedFd) -> nix::Result<()> {
+    let dev = new_mount(DEV.fs, &DEV_OPTIONS, DEV.open())?;
+    for (name, target) in DEV_LINKS {
+        symlinkat(target, &dev, name)?;
+    }
+    for (name, ..) in DEVICES {
+        create(&dev, name, 0o666)?;
+    }
+    // a mount can be attached only to one that is attached itself
+    attach(dev.as_fd(), root.as_fd(), c"dev")?;
+    for (name, major, minor) in DEVICES {
+        let node = clone_device(c"/dev", name, major, minor)?;
+        restrict(node.as_fd(), BOUND_DEVICE)?;
+        attach(node.as_fd(), dev.as_fd(), &CString::new(name).map_err(|_| Errno::EINVAL)?)?;
+    }
+    DEV.seal(dev.as_fd())
+}
+
+/// The mounts of the host's devices, not attached anywhere, for [`attach_devices`].
+pub(crate) fn take_devices() -> nix::Result<Vec<OwnedFd>> {
+    DEVICES.iter().map(|(name, major, minor)| clone_device(c"/dev", name, *major, *minor)).collect()
+}
+
+/// Attaches what [`take_devices`] has given in `home`, the launcher's root, as `dev`.
+pub(crate) fn attach_devices(home: &OwnedFd, devices: &[OwnedFd]) -> nix::Result<()> {
+    mkdirat(home, "dev", Mode::from_bits_truncate(0o755))?;
+    for ((name, ..), device) in DEVICES.iter().zip(devices) {
+        let at = format!("dev/{name}");
+        create(home, &at, 0o444)?;
+        attach(device.as_fd(), home.as_fd(), &CString::new(at).map_err(|_| Errno::EINVAL)?)?;
+    }
+    Ok(())
+}
+
+/// A mount of the device `name` in the directory `dir`, not attached anywhere. `ENODEV` if it is another one.
+fn clone_device(dir: &CStr, name: &str, major: u64, minor: u64) -> nix::Result<OwnedFd> {
+    let path = CString::new([dir.to_bytes(), b"/", name.as_bytes()].concat()).map_err(|_| Errno::EINVAL)?;
+    let node = clone_mount(AT_FDCWD, &path)?;
+    let stat = fstat(&node)?;
+    let character = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFCHR;
+    if character && stat.st_rdev == makedev(major, minor) { Ok(node) } else { Err(Errno::ENODEV) }
+}
+
+/// Builds the root of `spec`, pivots into it and lets the old one go. `program` is the ELF of a native job, `dev` its
+/// `/dev`, where the launcher could make one.
 pub(crate) fn enter(spec: &SandboxSpec, program: BorrowedFd<'_>, dev: Option<&OwnedFd>) -> Result<(), LaunchError> {
     let native = spec.kind == Kind::Native;
     let root = make_root(spec, program)?;
@@ -131,8 +182,10 @@ pub(crate) fn enter(spec: &SandboxSpec, program: BorrowedFd<'_>, dev: Option<&Ow
         attach(tmp.as_fd(), root.as_fd(), c"tmp").at(Step::MountTmp)?;
     }
     if native {
-        let dev = dev.ok_or(Errno::EBADF).at(Step::MountDev)?;
-        attach(dev.as_fd(), root.as_fd(), c"dev").at(Step::MountDev)?;
+        match dev {
+            Some(dev) => attach(dev.as_fd(), root.as_fd(), c"dev").at(Step::MountDev)?,
+            None => bind_dev(&root).at(Step::MountDev)?,
+        }
         let options = [(c"subset", c"pid"), (c"hidepid", c"invisible")];
         let proc = new_mount(PROC.fs, &options, PROC.attr).at(Step::MountProc)?;
         attach(proc.as_fd(), root.as_fd(), c"proc").at(Step::MountProc)?;
@@ -142,8 +195,8 @@ pub(crate) fn enter(spec: &SandboxSpec, program: BorrowedFd<'_>, dev: Option<&Ow
 }
 
 /// Whether `mountinfo`, the content of a sandbox's `/proc/PID/mountinfo`, shows its root as [`enter`] makes it, and no
-/// mount more.
-pub(crate) fn is_whole(kind: Kind, mountinfo: &str) -> bool {
+/// mount more. With `bound`, the devices of a native sandbox are the host's.
+pub(crate) fn is_whole(kind: Kind, bound: bool, mountinfo: &str) -> bool {
     let meant: &[(&str, &str, &[&str])] = match kind {
         Kind::Native => &[
             ("/", "tmpfs", &["ro", "nosuid", "nodev"]),
@@ -158,20 +211,33 @@ pub(crate) fn is_whole(kind: Kind, mountinfo: &str) -> bool {
     };
     // `36 35 98:0 /root /mount/point options [fields…] - type source super,options`
     let mut mounts: Vec<(&str, &str, &str)> = Vec::new();
+    let mut devices: Vec<&str> = Vec::new();
     for line in mountinfo.lines() {
         let Some((left, right)) = line.split_once(" - ") else { return false };
         let mut left = left.split(' ').skip(4);
         let (Some(at), Some(options), Some(kind)) = (left.next(), left.next(), right.split(' ').next()) else {
             return false;
         };
-        mounts.push((at, kind, options));
+        match at.strip_prefix("/dev/") {
+            // what it shows, the sandbox has made sure of itself
+            Some(device) if bound && ["nosuid", "noexec"].iter().all(|o| options.split(',').any(|has| has == *o)) => {
+                devices.push(device);
+            }
+            _ => mounts.push((at, kind, options)),
+        }
     }
     mounts.sort_unstable(); // kernels differ in the order
+    devices.sort_unstable();
+    let mut named: Vec<&str> = DEVICES.iter().map(|(name, ..)| *name).collect();
+    named.sort_unstable();
+    let devices_as_meant = if bound && kind == Kind::Native { devices == named } else { devices.is_empty() };
     let as_meant = |mount: &(&str, &str, &str), meant: &(&str, &str, &[&str])| {
         (mount.0, mount.1) == (meant.0, meant.1)
             && meant.2.iter().all(|option| mount.2.split(',').any(|o| o == *option))
     };
-    mounts.len() == meant.len() && mounts.iter().zip(meant).all(|(mount, meant)| as_meant(mount, meant))
+    devices_as_meant
+        && mounts.len() == meant.len()
+        && mounts.iter().zip(meant).all(|(mount, meant)| as_meant(mount, meant))
 }
 
 fn make_root(spec: &SandboxSpec, program: BorrowedFd<'_>) -> Result<OwnedFd, LaunchError> {
@@ -279,16 +345,40 @@ mod tests {
 
     #[test]
     fn a_root_as_it_was_made_is_whole() {
-        assert!(is_whole(Kind::Wasm, WASM));
-        assert!(!is_whole(Kind::Native, WASM) && !is_whole(Kind::Compile, WASM) && !is_whole(Kind::Wasm, ""));
+        assert!(is_whole(Kind::Wasm, false, WASM));
+        assert!(
+            !is_whole(Kind::Native, false, WASM)
+                && !is_whole(Kind::Compile, false, WASM)
+                && !is_whole(Kind::Wasm, false, "")
+        );
+    }
+
+    #[test]
+    fn the_host_s_devices_are_all_there_or_none() {
+        let mount = |at: &str, fs: &str, options: &str| format!("9 4 0:5 / {at} {options} - {fs} none rw\n");
+        let bare = [
+            mount("/", "tmpfs", "ro,nosuid,nodev"),
+            mount("/dev", "tmpfs", "ro,nosuid,noexec"),
+            mount("/proc", "proc", "ro,nosuid,nodev,noexec"),
+            mount("/tmp", "tmpfs", "rw,nosuid,nodev,noexec"),
+        ]
+        .concat();
+        let device = |name: &str| mount(&format!("/dev/{name}"), "devtmpfs", "rw,nosuid,noexec");
+        let devices: String = DEVICES.iter().map(|(name, ..)| device(name)).collect();
+        assert!(is_whole(Kind::Native, false, &bare) && !is_whole(Kind::Native, true, &bare));
+        let bound = bare.clone() + &devices;
+        assert!(is_whole(Kind::Native, true, &bound) && !is_whole(Kind::Native, false, &bound));
+        assert!(!is_whole(Kind::Native, true, &(bound.clone() + &device("kmsg"))));
+        assert!(!is_whole(Kind::Native, true, &bound.replacen("rw,nosuid,noexec", "rw,noexec", 1)));
+        assert!(!is_whole(Kind::Wasm, true, &format!("{WASM}{devices}")));
     }
 
     #[test]
     fn a_mount_too_many_or_too_open_is_noticed() {
         let more = "84 45 0:41 / /proc rw,nosuid,nodev,noexec - proc none rw\n";
-        assert!(!is_whole(Kind::Wasm, &format!("{WASM}{more}")));
+        assert!(!is_whole(Kind::Wasm, false, &format!("{WASM}{more}")));
         for (from, to) in [("/ / ro,", "/ / rw,"), ("/tmp rw,nosuid,", "/tmp rw,"), ("/tmp", "/t"), ("tmpfs", "ext4")] {
-            assert!(!is_whole(Kind::Wasm, &WASM.replacen(from, to, 1)), "{from} -> {to}");
+            assert!(!is_whole(Kind::Wasm, false, &WASM.replacen(from, to, 1)), "{from} -> {to}");
         }
     }
 }

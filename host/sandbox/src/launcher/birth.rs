@@ -79,7 +79,9 @@ impl Launcher<'_> {
     ) -> Result<Newborn, LaunchError> {
         leaf.limit(&spec).at(Step::LimitCgroup)?;
         let oom = leaf.die_whole().at(Step::WatchOom)?;
-        let dev = if spec.kind == Kind::Native { Some(root::make_dev().at(Step::MakeDev)?) } else { None };
+        // elsewhere the child mounts the host's own
+        let makes_dev = spec.kind == Kind::Native && self.place.on_host;
+        let dev = if makes_dev { Some(root::make_dev().at(Step::MakeDev)?) } else { None };
         let (gate, sandbox_gate) = gate::pair().at(Step::MakeGate)?;
         let null = self.null.try_clone().at(Step::MakeGate)?;
         let filters = self.filters.entry(spec.kind).or_insert_with(|| Rc::new(Filters::compile(spec.kind))).clone();

@@ -14,7 +14,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::epoll::{Epoll, EpollCreateFlags};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::stat::{Mode, mkdirat};
+use nix::sys::stat::{Mode, mkdirat, umask};
 use nix::unistd::{Pid, chdir, fchdir, pivot_root, setsid};
 
 use super::outbox::Outbox;
@@ -24,7 +24,8 @@ use crate::cgroup::{Plan, Tree};
 use crate::error::in_words;
 use crate::init::{identity, root};
 use crate::protocol::{FromLauncher, LauncherConfig, ToLauncher, VERSION};
-use crate::sys::mount::{MountAttr, attach, clone_mount, make_all_private, new_mount, restrict};
+use crate::rootless;
+use crate::sys::mount::{MountAttr, attach, clone_mount, clone_tree, make_all_private, new_mount, restrict};
 use crate::sys::process::{SingleThreaded, inherited_fd, keep_capabilities_as_any_user};
 use crate::uids::UidPool;
 use crate::usage::Namespaces;
@@ -48,12 +49,17 @@ const KEPT: [caps::Capability; 10] = {
     ]
 };
 
+/// With a stricter one a job could not execute its own copy of the program.
+const UMASK: Mode = Mode::S_IWGRP.union(Mode::S_IWOTH);
+
 /// Facts about where the launcher lives, taken once.
 pub(super) struct Place {
     pub(super) own_namespaces: Namespaces,
     /// System call filters that the launcher was itself started under; every sandbox inherits them.
     pub(super) own_filters: u32,
     pub(super) host_millicores: u32,
+    /// In the host's user namespace, so that device nodes can be made.
+    pub(super) on_host: bool,
     sweeper: Option<Sweeper>,
 }
 
@@ -93,6 +99,8 @@ pub fn spawn(argv0: &str) -> io::Result<(Packets, Child)> {
 #[must_use]
 pub fn launcher_main(workload: &dyn Workload) -> i32 {
     let Ok(proof) = SingleThreaded::prove() else { return 71 };
+    // what is made for a sandbox, and its job, has this one, whatever the server was started with
+    umask(UMASK);
     let Ok(mut outbox) = take_socket() else { return 71 };
     let Ok(received) = outbox.packets().recv(ToLauncher::fds) else {
         return 71;
@@ -211,7 +219,7 @@ fn settle<'w>(
         Ok((own_namespaces, own_filters, epoll)) => Ok(Launcher {
             proof,
             workload,
-            place: Place { own_namespaces, own_filters, host_millicores, sweeper },
+            place: Place { own_namespaces, own_filters, host_millicores, on_host: rootless::on_host(), sweeper },
             outbox,
             epoll,
             tree,
@@ -225,21 +233,25 @@ fn settle<'w>(
     }
 }
 
-/// Makes a root that holds a `/proc` and an empty directory, and moves there. The fewer mounts, the less a clone has
-/// to copy; and nothing of the host has a path here that a child could be made to follow.
+/// Makes a root that holds a `/proc`, an empty directory and, for an ordinary user, devices, and moves there. The fewer
+/// mounts, the less a clone has to copy; and nothing of the host has a path here that a child could be made to follow.
 ///
 /// The `/proc` must be an unmasked one: the kernel lets a job mount its own only where one is visible.
 fn leave_mounts() -> nix::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     make_all_private()?;
-    let options = [(c"size", c"4k"), (c"nr_inodes", c"8"), (c"mode", c"0755")];
+    let proc = unmasked_proc()?;
+    let devices = if rootless::on_host() { Vec::new() } else { root::take_devices()? };
+    let options = [(c"size", c"4k"), (c"nr_inodes", c"16"), (c"mode", c"0755")];
     let home = new_mount(c"tmpfs", &options, MountAttr::NOSUID | MountAttr::NODEV | MountAttr::NOEXEC)?;
     mkdirat(&home, "proc", Mode::from_bits_truncate(0o555))?;
     mkdirat(&home, "new", Mode::from_bits_truncate(0o755))?;
     // any directory serves to attach it, as all is left behind at once: the working directory of a server is `/`
     attach(home.as_fd(), AT_FDCWD, c"/proc")?;
-    let proc = new_mount(c"proc", &[], MountAttr::NOSUID | MountAttr::NODEV | MountAttr::NOEXEC)?;
     attach(proc.as_fd(), home.as_fd(), c"proc")?;
+    if !devices.is_empty() {
+        root::attach_devices(&home, &devices)?;
+    }
     restrict(home.as_fd(), MountAttr::RDONLY)?;
     fchdir(&home)?;
     pivot_root(".", ".")?;
@@ -247,6 +259,14 @@ fn leave_mounts() -> nix::Result<()> {
     chdir("/")?;
     debug_assert_eq!(root::MOUNT_POINT, c"/new");
     Ok(())
+}
+
+/// A `/proc`: a new one, or in a user namespace that does not own the pid namespace, a copy of the one there is.
+fn unmasked_proc() -> nix::Result<OwnedFd> {
+    match new_mount(c"proc", &[], MountAttr::NOSUID | MountAttr::NODEV | MountAttr::NOEXEC) {
+        Err(nix::errno::Errno::EPERM) => clone_tree(AT_FDCWD, c"/proc"),
+        other => other,
+    }
 }
 
 /// Raises the number of open files to the hard limit: each sandbox takes some ten.

@@ -45,7 +45,7 @@ pub(super) fn read_back(place: &Place, live: &Live, pid: Pid) -> Result<Isolatio
     require(uid_map == format!("0 {} {IDS_PER_JOB}", live.ids.first), Step::VerifyIds)?;
 
     let mounts = read(pid, "mountinfo").at(Step::VerifyMounts)?;
-    require(root::is_whole(live.spec.kind, &mounts), Step::VerifyMounts)?;
+    require(root::is_whole(live.spec.kind, !place.on_host, &mounts), Step::VerifyMounts)?;
 
     let cgroups = membership(&read(pid, "cgroup").at(Step::VerifyCgroup)?);
     require(live.leaf.holds(&cgroups), Step::VerifyCgroup)?;
@@ -58,7 +58,7 @@ pub(super) fn read_back(place: &Place, live: &Live, pid: Pid) -> Result<Isolatio
         capabilities: status.capabilities(),
         landlock: true, // `landlock::prove` is a step before readiness
         uid_map,
-        cgroups,
+        cgroups: live.leaf.by_controller(cgroups),
     })
 }
 

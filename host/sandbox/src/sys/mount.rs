@@ -63,7 +63,16 @@ fn fsconfig(context: &OwnedFd, command: libc::c_uint, key: Option<&CStr>, value:
 
 /// A detached copy of the mount at `path` (relative to `dir`), without the mounts below it.
 pub(crate) fn clone_mount(dir: BorrowedFd<'_>, path: &CStr) -> nix::Result<OwnedFd> {
-    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH.cast_unsigned();
+    open_tree(dir, path, 0)
+}
+
+/// A detached copy of the mount at `path` (relative to `dir`) with the mounts below it.
+pub(crate) fn clone_tree(dir: BorrowedFd<'_>, path: &CStr) -> nix::Result<OwnedFd> {
+    open_tree(dir, path, libc::AT_RECURSIVE.cast_unsigned())
+}
+
+fn open_tree(dir: BorrowedFd<'_>, path: &CStr, more: libc::c_uint) -> nix::Result<OwnedFd> {
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH.cast_unsigned() | more;
     // SAFETY: `path` is a C string that outlives the call.
     owned(unsafe { libc::syscall(libc::SYS_open_tree, dir.as_raw_fd(), path.as_ptr(), flags) })
 }

@@ -21,9 +21,10 @@ use tempfile::TempDir;
 use crate::LAUNCHER;
 use crate::faults::{self, Fault, Supervisor};
 use crate::left::{Held, Instance};
+use crate::slowness::at_most;
 
 /// The longest that a launcher may be silent: longer than a sandbox may take to become ready.
-const PATIENCE_SECONDS: i64 = 15;
+const PATIENCE: Duration = Duration::from_secs(15);
 
 /// The launcher's promise for its own end.
 const END_WITHIN: Duration = Duration::from_secs(2);
@@ -130,8 +131,9 @@ impl Client {
         let (socket, child) =
             spawn(&format!("{LAUNCHER} {}", calls.iter().map(|c| format!("{c},")).collect::<String>()))
                 .expect("start a launcher");
-        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(PATIENCE_SECONDS)).unwrap();
-        setsockopt(&socket, sockopt::SendTimeout, &TimeVal::seconds(PATIENCE_SECONDS)).unwrap();
+        let patience = TimeVal::seconds(at_most(PATIENCE).as_secs().cast_signed());
+        setsockopt(&socket, sockopt::ReceiveTimeout, &patience).unwrap();
+        setsockopt(&socket, sockopt::SendTimeout, &patience).unwrap();
         let supervisor = (!calls.is_empty()).then(|| {
             let [listener] = <[OwnedFd; 1]>::try_from(socket.recv::<u8>(|_| 1).unwrap().fds).unwrap();
             Supervisor::start(listener, child.id())
@@ -243,7 +245,7 @@ impl Client {
         // the last descriptors are closed right after
         let (mut last, mut held) = (None, Held::by(self.child.id()));
         while last.as_ref() != Some(&held) {
-            std::thread::sleep(Duration::from_millis(2));
+            std::thread::sleep(at_most(Duration::from_millis(2)));
             last = Some(std::mem::replace(&mut held, Held::by(self.child.id())));
         }
         held
@@ -253,7 +255,7 @@ impl Client {
     pub(crate) fn must_hold(&self, before: &Held) {
         let mut held = self.held();
         let begun = Instant::now();
-        while held != *before && begun.elapsed() < Duration::from_secs(2) {
+        while held != *before && begun.elapsed() < at_most(Duration::from_secs(2)) {
             held = self.held();
         }
         assert_eq!(held, *before);
@@ -278,7 +280,7 @@ impl Client {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status;
             }
-            assert!(begun.elapsed() < END_WITHIN, "the launcher has not ended within {END_WITHIN:?}");
+            assert!(begun.elapsed() < at_most(END_WITHIN), "the launcher has not ended within {END_WITHIN:?}");
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -343,7 +345,7 @@ pub(crate) fn artifact() -> OwnedFd {
 pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !done() {
-        assert!(begun.elapsed() < Duration::from_secs(5), "never: {what}");
+        assert!(begun.elapsed() < at_most(Duration::from_secs(5)), "never: {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
 }

@@ -73,6 +73,11 @@ impl Held {
     }
 }
 
+/// The number of cgroup hierarchies in which a sandbox has a cgroup: one on pure v2.
+pub(crate) fn hierarchies() -> usize {
+    Instance::new("none").cgroups.len()
+}
+
 fn directories(path: &Path) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(path) else { return Vec::new() };
     let directory = |entry: std::io::Result<fs::DirEntry>| {

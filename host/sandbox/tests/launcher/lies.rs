@@ -9,13 +9,13 @@ use nix::errno::Errno::{self, *};
 
 use crate::client::{Client, spec};
 use crate::faults::{Call, Fault, When, launcher, sandbox};
-use crate::steps::{ALL, Case, NATIVE, WITH_TMP, case, is, is_any, is_refused};
+use crate::steps::{ALL, COMPILE, Case, NATIVE, WITH_TMP, case, is, is_any, is_refused, where_attached};
 use crate::trial;
 
 pub(crate) fn trials() -> Vec<Trial> {
-    let lies = lies().into_iter().chain(lies_about_cgroups());
-    let mut trials: Vec<Trial> =
-        lies.map(|case| trial(&format!("{}_is_noticed", case.name), move || is_refused(&case))).collect();
+    let noticed = |case: Case| trial(&format!("{}_is_noticed", case.name), move || is_refused(&case));
+    let mut trials: Vec<Trial> = lies().into_iter().chain(lies_about_limits()).map(noticed).collect();
+    trials.extend(lies_about_attaching().into_iter().map(|case| where_attached(true, noticed(case))));
     for (name, fault) in without_effect() {
         trials.push(trial(&format!("{name}_leaves_all_layers_on"), move || all_layers_are_on(fault)));
     }
@@ -84,7 +84,15 @@ fn lies() -> Vec<Case> {
         ),
         lie("unshare_that_lies", libc::SYS_unshare, VerifyNamespaces, EPROTO),
         lie("sethostname_that_lies", libc::SYS_sethostname, SetHostname, EPROTO),
-        moves("attaching_the_root_that_lies", ALL, |call| call.text(3) == "/new", PivotRoot, EINVAL),
+        moves("attaching_the_root_that_lies", COMPILE, |call| call.text(3) == "/new", PivotRoot, EINVAL),
+        // since Linux 6.15 a mount can be attached to one that is not attached itself
+        moves(
+            "attaching_the_root_with_tmp_that_lies",
+            WITH_TMP,
+            |call| call.text(3) == "/new",
+            if kernel() < (6, 15) { MountTmp } else { PivotRoot },
+            EINVAL,
+        ),
         moves("attaching_tmp_that_lies", WITH_TMP, |call| call.text(3) == "tmp", VerifyMounts, EPROTO),
         moves("attaching_dev_that_lies", NATIVE, |call| call.text(3) == "dev", VerifyMounts, EPROTO),
         moves("attaching_proc_that_lies", NATIVE, |call| call.text(3) == "proc", VerifyMounts, EPROTO),
@@ -119,9 +127,8 @@ fn lies() -> Vec<Case> {
     ]
 }
 
-fn lies_about_cgroups() -> Vec<Case> {
-    use Step::*;
-    let mut cases = vec![
+fn lies_about_limits() -> Vec<Case> {
+    vec![
         limits("a_write_of_the_memory_limit_that_lies", |call| {
             is_any(&call.file(0), &["memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.max"])
         }),
@@ -131,7 +138,10 @@ fn lies_about_cgroups() -> Vec<Case> {
             ..limits("a_write_of_the_cpu_weight_that_lies", |call| is_any(&call.file(0), &["cpu.shares", "cpu.weight"]))
         },
         limits("a_write_of_the_pids_limit_that_lies", |call| is_any(&call.file(0), &["pids.max"])),
-    ];
+    ]
+}
+
+fn lies_about_attaching() -> Vec<Case> {
     let attach: [(&str, When); 5] = [
         ("cpu", |call| attaches(call, "cpu")),
         ("cpuacct", |call| attaches(call, "cpuacct")),
@@ -139,11 +149,18 @@ fn lies_about_cgroups() -> Vec<Case> {
         ("pids", |call| attaches(call, "pids")),
         ("freezer", |call| attaches(call, "freezer")),
     ];
-    for (controller, when) in attach {
+    let lie = |(controller, when)| {
         let name: &'static str = format!("an_attach_to_{controller}_that_lies").leak();
-        cases.push(writes(name, when, VerifyCgroup, EPROTO));
-    }
-    cases
+        writes(name, when, Step::VerifyCgroup, EPROTO)
+    };
+    attach.into_iter().map(lie).collect()
+}
+
+/// The running kernel's version.
+fn kernel() -> (u32, u32) {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap());
+    (numbers.next().unwrap(), numbers.next().unwrap())
 }
 
 /// Whether it writes a pid into the cgroup of the v1 hierarchy of this controller, however that is mounted.

@@ -13,6 +13,8 @@ mod hostile;
 mod inside;
 mod left;
 mod lies;
+#[path = "../../../../tests/support/slowness.rs"]
+mod slowness;
 mod steps;
 mod stuck;
 

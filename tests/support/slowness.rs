@@ -1,0 +1,15 @@
+//! How much slower than usual this machine is, as `TEST_SLOWNESS` says: in an emulated one what may be waited for is
+//! multiplied by it. What must not happen before a time stays as it is.
+
+use std::sync::LazyLock;
+use std::time::Duration;
+
+static FACTOR: LazyLock<u32> = LazyLock::new(|| match std::env::var("TEST_SLOWNESS") {
+    Ok(text) => text.parse().ok().filter(|factor| *factor > 0).expect("TEST_SLOWNESS is a positive number"),
+    Err(_) => 1,
+});
+
+/// The longest that may be waited on this machine for what takes at most `usual` elsewhere.
+pub(crate) fn at_most(usual: Duration) -> Duration {
+    usual * *FACTOR
+}
