@@ -13,6 +13,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use serde::Serialize;
 
 use crate::cgroup::Plan;
+use crate::cgroup::extra::{Absence, Extra};
 use crate::error::{LaunchError, in_words};
 use crate::limits::{Ceiling, Limits};
 use crate::protocol::{FromLauncher, ToLauncher};
@@ -77,7 +78,7 @@ const MOST_OPEN_FILES: u64 = *Limits::OPEN_FILES.end() as u64;
 /// Looks at every requirement. Changes nothing on the machine but the lock directory.
 #[must_use]
 pub fn machine(lock_dir: &Path) -> Vec<Check> {
-    vec![
+    let mut checks = vec![
         kernel(),
         privileges(),
         namespaces(),
@@ -89,7 +90,9 @@ pub fn machine(lock_dir: &Path) -> Vec<Check> {
         swap(),
         pids(),
         neighbours(),
-    ]
+    ];
+    checks.extend(controllers());
+    checks
 }
 
 fn read(path: &str) -> Option<String> {
@@ -157,6 +160,20 @@ fn cgroups() -> Check {
             Check::fail("cgroups", in_words(&error), mend)
         }
     }
+}
+
+/// The controllers that only tenants' settings need: without one, jobs are isolated all the same.
+fn controllers() -> Vec<Check> {
+    // what hinders all of them is said where it hinders more
+    let Ok(plan) = Plan::for_this_process() else { return Vec::new() };
+    let check = |(extra, found): (Extra, Result<String, Absence>)| match found {
+        Ok(found) => Check::ok(extra.v1_name(), found),
+        Err(absence) => {
+            let found = format!("{}: tenants cannot be given `limits` {}", absence.found, extra.settings());
+            Check::warn(extra.v1_name(), found, absence.mend)
+        }
+    };
+    plan.describe_extras().into_iter().map(check).collect()
 }
 
 fn landlock() -> Check {
