@@ -99,6 +99,8 @@ pub(super) struct Offer<'a> {
     pub(super) v2_controllers: &'a [String],
     /// Whether programs of a kind can be loaded, or the kernel's reason.
     pub(super) programs: &'a dyn Fn(Hook) -> Result<(), String>,
+    /// Whether this process may attach others to a cpuset.
+    pub(super) attaches_cpus: bool,
     /// The text of `/proc/cgroups`.
     pub(super) kernel: &'a str,
 }
@@ -108,6 +110,10 @@ impl Offer<'_> {
     pub(super) fn find(&self, extra: Extra, shared: impl Fn(&Hierarchy) -> bool) -> Result<(&Hierarchy, bool), Absence> {
         let name = extra.v1_name();
         let absent = |found: String, mend: String| Err(Absence { found, mend });
+        if extra == Extra::Cpuset && !self.attaches_cpus {
+            let found = "nothing can be attached to a cpuset without CAP_SYS_NICE".to_owned();
+            return absent(found, "start holm with CAP_SYS_NICE".to_owned());
+        }
         if let Some(v1) = self.layout.v1_with(name) {
             if shared(v1) {
                 let found = format!("`{name}` shares a hierarchy with a controller that every job has a cgroup of");
@@ -159,6 +165,12 @@ fn kernel_has(text: &str, name: &str) -> bool {
 pub(super) fn takes_programs(hook: Hook) -> Result<(), String> {
     let let_through = super::program::of_sockets(None, None);
     bpf::load(hook, &let_through).map(drop).map_err(|errno| errno.desc().to_owned())
+}
+
+/// Whether this process may attach others to a cpuset (`cap_task_setscheduler`): those that it clones have more
+/// capabilities, in a namespace of their own.
+pub(super) fn attaches_cpus() -> bool {
+    caps::has_cap(None, caps::CapSet::Effective, caps::Capability::CAP_SYS_NICE).unwrap_or(false)
 }
 
 pub(super) fn kernel_controllers() -> String {
@@ -214,7 +226,7 @@ mod tests {
         let (mounted, v2): (Vec<String>, Vec<String>) =
             (mounted.iter().map(ToString::to_string).collect(), v2.iter().map(ToString::to_string).collect());
         let programs = |_| if programs { Ok(()) } else { Err("no".to_owned()) };
-        let offer = Offer { layout, mounted: &mounted, v2_controllers: &v2, programs: &programs, kernel: KERNEL };
+        let offer = Offer { layout, mounted: &mounted, v2_controllers: &v2, programs: &programs, attaches_cpus: true, kernel: KERNEL };
         let shared = |hierarchy: &Hierarchy| hierarchy.controllers.contains("cpu");
         match offer.find(extra, shared) {
             Ok((hierarchy, v2)) => Ok((hierarchy.own_dir.display().to_string(), v2)),

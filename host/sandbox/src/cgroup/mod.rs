@@ -137,6 +137,7 @@ impl Plan {
             mounted: &mounted,
             v2_controllers: &v2_controllers,
             programs: &extra::takes_programs,
+            attaches_cpus: extra::attaches_cpus(),
             kernel: &extra::kernel_controllers(),
         };
         Self::from_offer(&offer)
@@ -254,7 +255,7 @@ mod tests {
     fn plan(layout: Layout, v2_controllers: &[&str]) -> Result<Plan, CgroupError> {
         let v2_controllers: Vec<String> = v2_controllers.iter().map(ToString::to_string).collect();
         let (layout, v2_controllers, programs) = (&layout, &v2_controllers, &|_| Ok(()));
-        Plan::from_offer(&Offer { layout, mounted: &[], v2_controllers, programs, kernel: "" })
+        Plan::from_offer(&Offer { layout, mounted: &[], v2_controllers, programs, attaches_cpus: true, kernel: "" })
     }
 
     #[test]
