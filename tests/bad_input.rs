@@ -235,13 +235,6 @@ fn settings_that_this_server_cannot_enforce_are_422_by_name() {
     let server = start();
     let before = settings(&server);
     let mut bodies: Vec<(String, Value)> = [
-        ("cpuset", json!("0")),
-        ("io", json!([{"device": "254:0", "read_bps": 1}])),
-        ("io_weight", json!(5)),
-        ("devices", json!([])),
-        ("hugetlb", json!({"2MB": 1})),
-        ("net_class", json!(1)),
-        ("net_priority", json!(1)),
         ("egress_bps", json!(1)),
     ]
     .into_iter()

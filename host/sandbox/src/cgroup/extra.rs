@@ -97,6 +97,8 @@ pub(super) struct Offer<'a> {
     pub(super) mounted: &'a [String],
     /// The controllers that the v2 hierarchy could delegate.
     pub(super) v2_controllers: &'a [String],
+    /// Those of them that may be delegated for tenants' settings alone.
+    pub(super) v2_enabled: &'a [String],
     /// Whether programs of a kind can be loaded, or the kernel's reason.
     pub(super) programs: &'a dyn Fn(Hook) -> Result<(), String>,
     /// Whether this process may attach others to a cpuset.
@@ -123,7 +125,7 @@ impl Offer<'_> {
         }
         if let Some(v2) = &self.layout.v2 {
             match extra.on_v2() {
-                Ok(controller) if self.v2_controllers.iter().any(|c| c == controller) => return Ok((v2, true)),
+                Ok(controller) if self.v2_enabled.iter().any(|c| c == controller) => return Ok((v2, true)),
                 Err(hook) => match (self.programs)(hook) {
                     Ok(()) => return Ok((v2, true)),
                     Err(why) => {
@@ -145,7 +147,13 @@ impl Offer<'_> {
         }
         if kernel_has(self.kernel, name) {
             let found = format!("the kernel has `{name}`, and it is not mounted here");
-            let mend = format!("before holm starts: mkdir /sys/fs/cgroup/{name} && mount -t cgroup -o {name} none /sys/fs/cgroup/{name}");
+            let or = match &self.layout.v2 {
+                Some(v2) if self.v2_controllers.iter().any(|c| extra.on_v2().is_ok_and(|controller| controller == c)) => {
+                    format!(", or echo +{name} > {}/cgroup.subtree_control", v2.own_dir.display())
+                }
+                _ => String::new(),
+            };
+            let mend = format!("before holm starts: mkdir /sys/fs/cgroup/{name} && mount -t cgroup -o {name} none /sys/fs/cgroup/{name}{or}");
             return absent(found, mend);
         }
         let mend = "use a kernel built with it, and boot without cgroup_disable= for it";
@@ -226,7 +234,8 @@ mod tests {
         let (mounted, v2): (Vec<String>, Vec<String>) =
             (mounted.iter().map(ToString::to_string).collect(), v2.iter().map(ToString::to_string).collect());
         let programs = |_| if programs { Ok(()) } else { Err("no".to_owned()) };
-        let offer = Offer { layout, mounted: &mounted, v2_controllers: &v2, programs: &programs, attaches_cpus: true, kernel: KERNEL };
+        let v2_enabled = &v2;
+        let offer = Offer { layout, mounted: &mounted, v2_controllers: &v2, v2_enabled, programs: &programs, attaches_cpus: true, kernel: KERNEL };
         let shared = |hierarchy: &Hierarchy| hierarchy.controllers.contains("cpu");
         match offer.find(extra, shared) {
             Ok((hierarchy, v2)) => Ok((hierarchy.own_dir.display().to_string(), v2)),

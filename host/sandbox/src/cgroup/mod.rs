@@ -132,10 +132,16 @@ impl Plan {
             Some(v2) => Dir::open(&v2.own_dir).map(|dir| v2::available(&dir)).unwrap_or_default(),
             None => Vec::new(),
         };
+        // beside v1, what the operator has not enabled on v2 may be meant to be mounted on v1: it is not taken from there
+        let v2_enabled = match &layout.v2 {
+            Some(v2) if !mounted.is_empty() => Dir::open(&v2.own_dir).map(|dir| v2::enabled(&dir)).unwrap_or_default(),
+            _ => v2_controllers.clone(),
+        };
         let offer = Offer {
             layout: &layout,
             mounted: &mounted,
             v2_controllers: &v2_controllers,
+            v2_enabled: &v2_enabled,
             programs: &extra::takes_programs,
             attaches_cpus: extra::attaches_cpus(),
             kernel: &extra::kernel_controllers(),
@@ -255,7 +261,8 @@ mod tests {
     fn plan(layout: Layout, v2_controllers: &[&str]) -> Result<Plan, CgroupError> {
         let v2_controllers: Vec<String> = v2_controllers.iter().map(ToString::to_string).collect();
         let (layout, v2_controllers, programs) = (&layout, &v2_controllers, &|_| Ok(()));
-        Plan::from_offer(&Offer { layout, mounted: &[], v2_controllers, programs, attaches_cpus: true, kernel: "" })
+        let v2_enabled = v2_controllers;
+        Plan::from_offer(&Offer { layout, mounted: &[], v2_controllers, v2_enabled, programs, attaches_cpus: true, kernel: "" })
     }
 
     #[test]
