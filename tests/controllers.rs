@@ -32,7 +32,8 @@ fn limit(server: &Server, tenant: &str, limits: &Value) -> Value {
 fn said(server: &Server, tenant: &str, words: &[&str]) -> Value {
     let record = server.job(tenant, "probe", &json!(words), &json!({}), b"");
     assert_eq!(record["outcome"], json!({"kind": "exited", "exit_code": 0}), "{words:?}: {record}");
-    serde_json::from_str(record["output"].as_str().unwrap()).unwrap_or_else(|error| panic!("{words:?}: {error}: {record}"))
+    serde_json::from_str(record["output"].as_str().unwrap())
+        .unwrap_or_else(|error| panic!("{words:?}: {error}: {record}"))
 }
 
 fn run(server: &Server, tenant: &str, words: &[&str], limits: &Value) -> Running {
@@ -41,9 +42,7 @@ fn run(server: &Server, tenant: &str, words: &[&str], limits: &Value) -> Running
 
 /// CPU time that a job's processes have had so far. The threads of each must be its first alone.
 fn cpu_time(processes: &[Process]) -> Duration {
-    let nanoseconds = |process: &Process| {
-        process.read("schedstat").split(' ').next().unwrap().parse::<u64>().unwrap()
-    };
+    let nanoseconds = |process: &Process| process.read("schedstat").split(' ').next().unwrap().parse::<u64>().unwrap();
     Duration::from_nanos(processes.iter().map(nanoseconds).sum())
 }
 
@@ -70,8 +69,11 @@ fn cpus_of_this_machine() -> usize {
 fn tenants_share_a_cpu_as_their_weights_say_however_many_jobs_they_have() {
     let server = start([json!({"cpu_weight": 50, "cpuset": "0"}), json!({"cpu_weight": 200, "cpuset": "0"})]);
     let spin = ["spin", "25000"];
-    let (a, more, b) =
-        (run(&server, "a", &spin, &json!({})), run(&server, "a", &spin, &json!({})), run(&server, "b", &spin, &json!({})));
+    let (a, more, b) = (
+        run(&server, "a", &spin, &json!({})),
+        run(&server, "a", &spin, &json!({})),
+        run(&server, "b", &spin, &json!({})),
+    );
     let used = shares(&server, &[&a, &more, &b], Duration::from_secs(2));
     assert_near(used[2] / (used[0] + used[1]), 4.0, 0.15, "1:4");
     // and at once when they change
@@ -99,8 +101,8 @@ fn a_tenant_s_jobs_together_have_no_more_cpu_than_its_cores_and_each_its_own_whe
     // a busy machine may give less, and never gives more
     assert!(low < 0.44 && lower < 0.22, "{low} {lower}");
     assert!(low > 0.2 && lower > 0.1, "{low} {lower}");
-    let free = rate(Value::Null);
-    assert!(free > 1.5 * low, "with no ceiling: {free} after {low}");
+    // more than both would have if either were still held to what it was cut to
+    wait_until("they have more again", || (rate(Value::Null) > 0.44).then_some(()));
     server.operator("DELETE", "/v1/tenants/a", &[], b"").expect(204);
 }
 
@@ -114,7 +116,19 @@ fn jobs_run_on_the_cpus_of_their_tenant_alone_and_move_when_they_change() {
     assert_eq!(said(&server, "a", &["cpus", "4", "200"]), json!([last]));
     // one that runs
     let job = run(&server, "a", &["spin", "25000"], &json!({}));
-    let on = || job.processes(&server).last().unwrap().read("stat").rsplit_once(')').unwrap().1.split(' ').nth(37).unwrap().to_owned();
+    let on = || {
+        job.processes(&server)
+            .last()
+            .unwrap()
+            .read("stat")
+            .rsplit_once(')')
+            .unwrap()
+            .1
+            .split(' ')
+            .nth(37)
+            .unwrap()
+            .to_owned()
+    };
     wait_until("it is on the last CPU", || (on() == last.to_string()).then_some(()));
     limit(&server, "a", &json!({"cpuset": "0"}));
     wait_until("it has moved", || (on() == "0").then_some(()));
@@ -139,7 +153,8 @@ fn a_tenant_over_its_own_memory_loses_a_job_of_its_own_and_no_neighbour_s() {
     // two jobs that are each within their own limits, and not together
     let limits = json!({"memory_bytes": 40 * MIB});
     let ends: Vec<Value> = std::thread::scope(|scope| {
-        let allocate = |_| scope.spawn(|| server.job("a", "probe", &json!(["allocate-in-grandchild", "30"]), &limits, b""));
+        let allocate =
+            |_| scope.spawn(|| server.job("a", "probe", &json!(["allocate-in-grandchild", "30"]), &limits, b""));
         let jobs: Vec<_> = (0..2).map(allocate).collect();
         jobs.into_iter().map(|job| job.join().unwrap()["outcome"]["kind"].clone()).collect()
     });
@@ -154,11 +169,12 @@ fn a_tenant_over_its_own_memory_loses_a_job_of_its_own_and_no_neighbour_s() {
 #[test]
 fn memory_lowered_below_what_is_in_use_ends_the_largest_job_and_no_more_than_is_needed() {
     let server = start([json!({}), json!({})]);
-    let hold = |tenant, mib: &str| run(&server, tenant, &["mark", "7", mib], &json!({}));
+    let hold = |tenant, mib: &str| run(&server, tenant, &["allocate-and-wait", mib], &json!({}));
     let (small, large, neighbour) = (hold("a", "8"), hold("a", "48"), hold("b", "64"));
     for (job, mib) in [(&small, 8), (&large, 48), (&neighbour, 64)] {
         wait_until("it has its memory", || {
-            let rss = |process: &Process| process.status()["VmRSS"].trim_end_matches(" kB").trim().parse::<u64>().unwrap();
+            let rss =
+                |process: &Process| process.status()["VmRSS"].trim_end_matches(" kB").trim().parse::<u64>().unwrap();
             job.processes(&server).iter().any(|process| rss(process) >= mib << 10).then_some(())
         });
     }
@@ -187,7 +203,7 @@ fn a_tenant_s_jobs_together_have_as_many_processes_as_its_pids() {
     assert_eq!(forked, json!(20 - mine - 1));
     limit(&server, "a", &json!({"pids": 10}));
     assert_eq!(said(&server, "a", &["fork", "100"]), json!(10 - mine - 1));
-    assert_eq!(said(&server, "b", &["fork", "40"]), json!(40));
+    assert_eq!(said(&server, "b", &["fork", "40"]), json!(41), "itself and as many as it wanted");
     held.finish().expect(200);
 }
 

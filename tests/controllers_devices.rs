@@ -116,7 +116,12 @@ fn two_jobs_of_a_tenant_share_its_rate_and_another_tenant_has_its_own() {
         told["blocks"].as_f64().unwrap() * 65536.0 * 1e6 / told["us"].as_f64().unwrap()
     };
     let (mine, others) = std::thread::scope(|scope| {
-        let jobs = ["t", "t", "other"].map(|tenant| scope.spawn({ let bytes = &bytes; move || bytes(tenant) }));
+        let jobs = ["t", "t", "other"].map(|tenant| {
+            scope.spawn({
+                let bytes = &bytes;
+                move || bytes(tenant)
+            })
+        });
         let [first, second, other] = jobs.map(|job| job.join().unwrap());
         (first + second, other)
     });

@@ -185,13 +185,13 @@ impl Ceiling {
         let device = |rule: &DeviceRule| rule.device.is_possible() && (rule.read || rule.write);
         let io = self.io.len() <= Self::MOST_DEVICES
             && self.io.iter().all(rates)
-            && all_different(self.io.iter().map(|io| io.device));
+            && all_different(&self.io.iter().map(|io| io.device));
         let devices = self.devices.len() <= Self::MOST_DEVICES
             && self.devices.iter().all(device)
-            && all_different(self.devices.iter().map(|rule| (rule.block, rule.device)));
+            && all_different(&self.devices.iter().map(|rule| (rule.block, rule.device)));
         let hugetlb = self.hugetlb.len() <= Self::MOST_SIZES
             && self.hugetlb.iter().all(|(size, bytes)| {
-                page_bytes(size).is_some_and(|page| bytes % page == 0) && Self::HUGETLB_BYTES.contains(bytes)
+                page_bytes(size).is_some_and(|page| bytes.is_multiple_of(page)) && Self::HUGETLB_BYTES.contains(bytes)
             });
         all_in_range(&[
             ("memory_bytes", self.memory_bytes.is_none_or(|value| Self::MEMORY_BYTES.contains(&value))),
@@ -207,7 +207,7 @@ impl Ceiling {
     }
 }
 
-fn all_different<T: PartialEq>(values: impl Iterator<Item = T> + Clone) -> bool {
+fn all_different<T: PartialEq>(values: &(impl Iterator<Item = T> + Clone)) -> bool {
     values.clone().enumerate().all(|(i, value)| !values.clone().take(i).any(|earlier| earlier == value))
 }
 
@@ -403,7 +403,10 @@ mod tests {
         for bad in ["7", "7:", ":0", "a:b", "-1:0", "+1:0", "7:0:0", "4096:0", "0:1048576", "7: 0"] {
             assert_eq!(bad.parse::<DeviceNumber>(), Err(DeviceNumberError), "{bad}");
         }
-        assert_eq!([page_bytes("2MB"), page_bytes("1GB"), page_bytes("64KB")], [Some(2 << 20), Some(1 << 30), Some(64 << 10)]);
+        assert_eq!(
+            [page_bytes("2MB"), page_bytes("1GB"), page_bytes("64KB")],
+            [Some(2 << 20), Some(1 << 30), Some(64 << 10)]
+        );
         for bad in ["", "MB", "2", "2mb", "02MB", "+2MB", "2MB ", "99999GB", "2PB", "0MB"] {
             assert_eq!(page_bytes(bad), None, "{bad}");
         }

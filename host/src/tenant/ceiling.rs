@@ -21,9 +21,18 @@ const NUMBERS: [(&str, f64, f64, &str); 7] = [
 /// Settings that are more than that, and what they are.
 const OTHERS: [(&str, &str); 4] = [
     ("cpuset", "the CPUs that jobs run on, as in `0,2-5`"),
-    ("io", "rates to whole block devices: `device` as `major:minor`, and any of `read_bps`, `write_bps`, `read_iops`, `write_iops`"),
-    ("devices", "devices besides the standard six: `type` `block` or `char`, `device` as `major:minor`, `access` `r`, `w` or `rw`. Jobs that are launched from then on find a node in `/dev`"),
-    ("hugetlb", "bytes of huge pages by the kernel's name of their size, as in `{\"2MB\": 4194304}`; none of other sizes"),
+    (
+        "io",
+        "rates to whole block devices: `device` as `major:minor`, and any of `read_bps`, `write_bps`, `read_iops`, `write_iops`",
+    ),
+    (
+        "devices",
+        "devices besides the standard six: `type` `block` or `char`, `device` as `major:minor`, `access` `r`, `w` or `rw`. Jobs that are launched from then on find a node in `/dev`",
+    ),
+    (
+        "hugetlb",
+        "bytes of huge pages by the kernel's name of their size, as in `{\"2MB\": 4194304}`; none of other sizes",
+    ),
 ];
 
 /// Settings of the contract that no controller is behind yet.
@@ -109,13 +118,7 @@ fn unknown(key: &str) -> SettingsError {
 }
 
 /// Checks a number against its range, and gives it.
-fn check_number(
-    field: &str,
-    value: &Value,
-    minimum: f64,
-    maximum: f64,
-    fractions: bool,
-) -> Result<f64, SettingsError> {
+fn check_number(field: &str, value: &Value, minimum: f64, maximum: f64, fractions: bool) -> Result<f64, SettingsError> {
     let Some(number) = value.as_number() else {
         return Err(SettingsError::Malformed(format!("`{field}` is no number")));
     };
@@ -183,19 +186,17 @@ fn io_limit(field: &str, object: &Map<String, Value>) -> Result<IoLimit, Setting
     only(field, object, &["device", RATES[0], RATES[1], RATES[2], RATES[3]])?;
     let device = device(field, object)?;
     #[allow(clippy::cast_precision_loss)] // both are below 2^53
-    let most = |key: &str| (if key.ends_with("_bps") { *Ceiling::IO_BPS.end() } else { *Ceiling::IO_IOPS.end() }) as f64;
+    let most =
+        |key: &str| (if key.ends_with("_bps") { *Ceiling::IO_BPS.end() } else { *Ceiling::IO_IOPS.end() }) as f64;
     let rate = |key: &str| match object.get(key).filter(|value| !value.is_null()) {
         None => Ok(None),
-        Some(value) => check_number(&format!("{field}.{key}"), value, 1.0, most(key), false).map(|rate| Some(whole(rate))),
+        Some(value) => {
+            check_number(&format!("{field}.{key}"), value, 1.0, most(key), false).map(|rate| Some(whole(rate)))
+        }
     };
     let [read_bps, write_bps, read_iops, write_iops] = RATES.map(rate);
-    let limit = IoLimit {
-        device,
-        read_bps: read_bps?,
-        write_bps: write_bps?,
-        read_iops: read_iops?,
-        write_iops: write_iops?,
-    };
+    let limit =
+        IoLimit { device, read_bps: read_bps?, write_bps: write_bps?, read_iops: read_iops?, write_iops: write_iops? };
     let set = [limit.read_bps, limit.write_bps, limit.read_iops, limit.write_iops];
     if set.iter().all(Option::is_none) {
         return Err(SettingsError::Malformed(format!("`{field}` has none of {}", RATES.join(", "))));
@@ -235,7 +236,7 @@ fn huge_pages(value: &Value) -> Result<BTreeMap<String, u64>, SettingsError> {
             return Err(impossible("limits.hugetlb", size.as_str(), "sizes as the kernel writes them, as in `2MB`"));
         };
         let number = whole(check_number(&field, bytes, 0.0, most, false)?);
-        if number % page != 0 {
+        if !number.is_multiple_of(page) {
             return Err(impossible(&field, json!(number), &format!("a multiple of {page}")));
         }
         Ok((size.clone(), number))

@@ -156,6 +156,7 @@ fn run(words: &[&str]) -> Result<ExitCode> {
 
         // how much
         ["allocate", mib] => say(&appetite::allocate(mib.parse()?).to_string())?,
+        ["allocate-and-wait", mib] => appetite::allocate_and_wait(mib.parse()?)?,
         ["allocate-in-child", mib] => say(&appetite::allocate_in_child(mib.parse()?)?.to_string())?,
         ["allocate-in-grandchild", mib] => {
             let mib = mib.parse()?;

@@ -1,12 +1,11 @@
 //! What controllers divide between tenants, as it is felt: CPUs, block devices, huge pages, marks on packets.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::fs::{self, OpenOptions};
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -34,37 +33,18 @@ pub(crate) fn cpus(threads: usize, time: Duration) -> Value {
 pub(crate) fn direct(way: &str, path: &str, block: usize, time: Duration) -> Result<Value> {
     const ALIGNED: usize = 4096;
     let writes = way == "write";
-    let file = OpenOptions::new().read(!writes).write(writes).custom_flags(libc::O_DIRECT).open(path)?;
-    // SAFETY: `path` is open, the call only moves its offset.
-    let size = unsafe { libc::lseek(file.as_raw_fd(), 0, libc::SEEK_END) };
-    let blocks = usize::try_from(size)? / block;
-    let layout = Layout::from_size_align(block, ALIGNED)?;
-    // SAFETY: the layout's size is not zero: `blocks` would have been a division by it.
-    let buffer = unsafe { alloc_zeroed(layout) };
-    if buffer.is_null() || blocks == 0 {
-        return Err("no buffer, or no block".into());
-    }
-    let (start, mut done) = (Instant::now(), 0_usize);
-    let result = loop {
-        if start.elapsed() >= time {
-            break Ok(());
-        }
-        let at = libc::off_t::try_from(done % blocks * block)?;
-        // SAFETY: `buffer` has `block` bytes, and nobody else has it.
-        let moved = unsafe {
-            match writes {
-                true => libc::pwrite(file.as_raw_fd(), buffer.cast(), block, at),
-                false => libc::pread(file.as_raw_fd(), buffer.cast(), block, at),
-            }
-        };
-        if usize::try_from(moved) != Ok(block) {
-            break Err(io::Error::last_os_error());
-        }
+    let mut file = OpenOptions::new().read(!writes).write(writes).custom_flags(libc::O_DIRECT).open(path)?;
+    let size = file.seek(SeekFrom::End(0))?;
+    let blocks = size.checked_div(u64::try_from(block)?).filter(|blocks| *blocks > 0).ok_or("no block")?;
+    let mut memory = vec![0_u8; block + ALIGNED];
+    let skipped = memory.as_ptr().align_offset(ALIGNED);
+    let buffer = &mut memory[skipped..skipped + block];
+    let (start, mut done) = (Instant::now(), 0_u64);
+    while start.elapsed() < time {
+        let at = done % blocks * u64::try_from(block)?;
+        if writes { file.write_all_at(buffer, at) } else { file.read_exact_at(buffer, at) }?;
         done += 1;
-    };
-    // SAFETY: it was allocated with this layout, and is not used again.
-    unsafe { dealloc(buffer, layout) };
-    result?;
+    }
     Ok(json!({"blocks": done, "us": u64::try_from(start.elapsed().as_micros())?}))
 }
 
@@ -103,7 +83,7 @@ pub(crate) fn huge_map(bytes: usize) -> Value {
     }
     for at in (0..bytes).step_by(2 << 20) {
         // SAFETY: it is within the mapping, which nobody else knows of.
-        unsafe { map.cast::<u8>().add(at).write_volatile(1) };
+        unsafe { map.cast::<u8>().wrapping_add(at).write_volatile(1) };
     }
     json!({"bytes": bytes})
 }
@@ -139,8 +119,12 @@ pub(crate) fn packet() -> Result<Value> {
     // SAFETY: the kernel has filled the message in.
     let mut header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
     while !header.is_null() {
-        // SAFETY: it lies within `control`, with at least the four bytes of a word behind it.
-        let (kind, value) = unsafe { ((*header).cmsg_type, libc::CMSG_DATA(header).cast::<u32>().read_unaligned()) };
+        // SAFETY: it lies within `control`.
+        let kind = unsafe { (*header).cmsg_type };
+        // SAFETY: as above.
+        let data = unsafe { libc::CMSG_DATA(header) };
+        // SAFETY: every message of this level has at least the four bytes of a word.
+        let value = unsafe { data.cast::<u32>().read_unaligned() };
         match kind {
             SO_RCVMARK | libc::SO_MARK => told["mark"] = value.into(),
             SO_RCVPRIORITY | libc::SO_PRIORITY => told["priority"] = value.into(),

@@ -109,7 +109,11 @@ pub(super) struct Offer<'a> {
 
 impl Offer<'_> {
     /// The hierarchy for `extra`, with whether it serves as v2. v1 comes first, as for every controller.
-    pub(super) fn find(&self, extra: Extra, shared: impl Fn(&Hierarchy) -> bool) -> Result<(&Hierarchy, bool), Absence> {
+    pub(super) fn find(
+        &self,
+        extra: Extra,
+        shared: impl Fn(&Hierarchy) -> bool,
+    ) -> Result<(&Hierarchy, bool), Absence> {
         let name = extra.v1_name();
         let absent = |found: String, mend: String| Err(Absence { found, mend });
         if extra == Extra::Cpuset && !self.attaches_cpus {
@@ -148,12 +152,16 @@ impl Offer<'_> {
         if kernel_has(self.kernel, name) {
             let found = format!("the kernel has `{name}`, and it is not mounted here");
             let or = match &self.layout.v2 {
-                Some(v2) if self.v2_controllers.iter().any(|c| extra.on_v2().is_ok_and(|controller| controller == c)) => {
+                Some(v2)
+                    if self.v2_controllers.iter().any(|c| extra.on_v2().is_ok_and(|controller| controller == c)) =>
+                {
                     format!(", or echo +{name} > {}/cgroup.subtree_control", v2.own_dir.display())
                 }
                 _ => String::new(),
             };
-            let mend = format!("before holm starts: mkdir /sys/fs/cgroup/{name} && mount -t cgroup -o {name} none /sys/fs/cgroup/{name}{or}");
+            let mend = format!(
+                "before holm starts: mkdir /sys/fs/cgroup/{name} && mount -t cgroup -o {name} none /sys/fs/cgroup/{name}{or}"
+            );
             return absent(found, mend);
         }
         let mend = "use a kernel built with it, and boot without cgroup_disable= for it";
@@ -223,19 +231,34 @@ impl Plan {
 mod tests {
     use super::*;
 
-    const KERNEL: &str = "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpuset\t3\t1\t1\nhugetlb\t0\t1\t1\nnet_cls\t0\t1\t0\n";
+    const KERNEL: &str =
+        "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpuset\t3\t1\t1\nhugetlb\t0\t1\t1\nnet_cls\t0\t1\t0\n";
 
     fn hierarchy(controllers: &[&str], dir: &str) -> Hierarchy {
         let controllers = controllers.iter().map(|c| (*c).to_owned()).collect();
         Hierarchy { controllers, own_dir: dir.into(), own_path: "/".into() }
     }
 
-    fn found(layout: &Layout, mounted: &[&str], v2: &[&str], programs: bool, extra: Extra) -> Result<(String, bool), String> {
+    fn found(
+        layout: &Layout,
+        mounted: &[&str],
+        v2: &[&str],
+        programs: bool,
+        extra: Extra,
+    ) -> Result<(String, bool), String> {
         let (mounted, v2): (Vec<String>, Vec<String>) =
             (mounted.iter().map(ToString::to_string).collect(), v2.iter().map(ToString::to_string).collect());
         let programs = |_| if programs { Ok(()) } else { Err("no".to_owned()) };
         let v2_enabled = &v2;
-        let offer = Offer { layout, mounted: &mounted, v2_controllers: &v2, v2_enabled, programs: &programs, attaches_cpus: true, kernel: KERNEL };
+        let offer = Offer {
+            layout,
+            mounted: &mounted,
+            v2_controllers: &v2,
+            v2_enabled,
+            programs: &programs,
+            attaches_cpus: true,
+            kernel: KERNEL,
+        };
         let shared = |hierarchy: &Hierarchy| hierarchy.controllers.contains("cpu");
         match offer.find(extra, shared) {
             Ok((hierarchy, v2)) => Ok((hierarchy.own_dir.display().to_string(), v2)),

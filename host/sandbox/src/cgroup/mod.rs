@@ -258,11 +258,19 @@ mod tests {
         Hierarchy { controllers, own_dir: dir.into(), own_path: "/".into() }
     }
 
-    fn plan(layout: Layout, v2_controllers: &[&str]) -> Result<Plan, CgroupError> {
+    fn plan(layout: &Layout, v2_controllers: &[&str]) -> Result<Plan, CgroupError> {
         let v2_controllers: Vec<String> = v2_controllers.iter().map(ToString::to_string).collect();
-        let (layout, v2_controllers, programs) = (&layout, &v2_controllers, &|_| Ok(()));
+        let (v2_controllers, programs) = (&v2_controllers, &|_| Ok(()));
         let v2_enabled = v2_controllers;
-        Plan::from_offer(&Offer { layout, mounted: &[], v2_controllers, v2_enabled, programs, attaches_cpus: true, kernel: "" })
+        Plan::from_offer(&Offer {
+            layout,
+            mounted: &[],
+            v2_controllers,
+            v2_enabled,
+            programs,
+            attaches_cpus: true,
+            kernel: "",
+        })
     }
 
     #[test]
@@ -270,7 +278,7 @@ mod tests {
         let v1 = ["cpu", "cpuacct", "memory", "pids", "freezer", "blkio"];
         let layout =
             Layout { v1: v1.iter().map(|c| hierarchy(&[c], c)).collect(), v2: Some(hierarchy(&[], "unified")) };
-        let plan = plan(layout, &[]).unwrap();
+        let plan = plan(&layout, &[]).unwrap();
         assert_eq!(plan.version(), "hybrid");
         assert_eq!((plan.with_leaves, plan.hierarchies.len()), (6, 7), "five for the roles, and v2; blkio for tenants");
         assert_eq!(plan.served(Extra::Io), Ok(Served { index: 6, v2: false }));
@@ -285,14 +293,14 @@ mod tests {
             v1: vec![hierarchy(&["cpu", "cpuacct"], "a"), hierarchy(&["memory", "pids", "freezer"], "b")],
             v2: None,
         };
-        let plan = plan(layout, &[]).unwrap();
+        let plan = plan(&layout, &[]).unwrap();
         assert_eq!((plan.version(), plan.hierarchies.len()), ("v1", 2));
     }
 
     #[test]
     fn v2_delegates_what_it_limits() {
         let layout = Layout { v1: vec![], v2: Some(hierarchy(&[], "u")) };
-        let plan = plan(layout, &["cpuset", "cpu", "io", "memory", "pids"]).unwrap();
+        let plan = plan(&layout, &["cpuset", "cpu", "io", "memory", "pids"]).unwrap();
         assert_eq!((plan.version(), plan.hierarchies.len()), ("v2", 1));
         assert_eq!(plan.v2_delegation(), ["cpu", "memory", "pids"]);
         assert_eq!(plan.v2_extras(), [(Extra::Cpuset, "cpuset"), (Extra::Io, "io")]);
@@ -301,10 +309,10 @@ mod tests {
     #[test]
     fn every_missing_controller_is_named_at_once() {
         let layout = Layout { v1: vec![], v2: Some(hierarchy(&[], "u")) };
-        let error = plan(layout, &["cpu"]).unwrap_err();
+        let error = plan(&layout, &["cpu"]).unwrap_err();
         assert!(matches!(error, CgroupError::Missing(roles) if roles == [Role::Memory, Role::Pids]));
         let layout = Layout { v1: vec![hierarchy(&["memory"], "m")], v2: None };
-        let error = plan(layout, &[]).unwrap_err();
+        let error = plan(&layout, &[]).unwrap_err();
         assert!(matches!(error, CgroupError::Missing(roles) if roles.len() == 4));
     }
 
@@ -312,7 +320,8 @@ mod tests {
     fn membership_names_the_controllers_that_limit() {
         let text = "9:name=systemd:/\n5:cpu,cpuacct:/h/t/l\n4:memory:/x\n1:perf_event:/\n2:blkio:/h/t\n0::/h/t/l\n";
         let paths = membership(text);
-        let expected = [("blkio", "/h/t"), ("cpu", "/h/t/l"), ("cpuacct", "/h/t/l"), ("memory", "/x"), ("unified", "/h/t/l")];
+        let expected =
+            [("blkio", "/h/t"), ("cpu", "/h/t/l"), ("cpuacct", "/h/t/l"), ("memory", "/x"), ("unified", "/h/t/l")];
         assert_eq!(paths, expected.map(|(k, v)| (k.to_owned(), v.to_owned())).into());
     }
 }

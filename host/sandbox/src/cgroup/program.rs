@@ -114,12 +114,8 @@ mod tests {
 
     #[test]
     fn what_is_listed_opens_as_listed_and_nothing_else_does() {
-        let rule = |block, major, minor, read, write| DeviceRule {
-            block,
-            device: DeviceNumber { major, minor },
-            read,
-            write,
-        };
+        let rule =
+            |block, major, minor, read, write| DeviceRule { block, device: DeviceNumber { major, minor }, read, write };
         let program = of_devices(&[rule(true, 7, 3, true, false), rule(false, 10, 237, true, true)]);
         let opens = |kind: i32, access: i32, major, minor| run(&program, [access << 16 | kind, major, minor]) == 1;
         assert!(opens(BLOCK, READ, 7, 3) && !opens(BLOCK, WRITE, 7, 3) && !opens(BLOCK, READ | WRITE, 7, 3));

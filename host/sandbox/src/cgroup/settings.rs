@@ -85,11 +85,13 @@ fn limit_io_v1(dir: &Dir, io: &IoLimit) -> nix::Result<()> {
 
 fn limit_io_v2(dir: &Dir, io: &IoLimit) -> nix::Result<()> {
     let rates = [("rbps", io.read_bps), ("wbps", io.write_bps), ("riops", io.read_iops), ("wiops", io.write_iops)];
-    let words = rates.map(|(key, rate)| format!("{key}={}", rate.map_or_else(|| "max".to_owned(), |rate| rate.to_string())));
+    let words =
+        rates.map(|(key, rate)| format!("{key}={}", rate.map_or_else(|| "max".to_owned(), |rate| rate.to_string())));
     let device = io.device.to_string();
     dir.write("io.max", &format!("{device} {}", words.join(" ")))?;
     let text = read(dir, "io.max")?;
-    let found: Option<Vec<&str>> = text.lines().map(|line| line.split(' ').collect()).find(|line: &Vec<&str>| line[0] == device);
+    let found: Option<Vec<&str>> =
+        text.lines().map(|line| line.split(' ').collect()).find(|line: &Vec<&str>| line[0] == device);
     let meant = rates.iter().any(|(_, rate)| rate.is_some());
     confirmed(found.map_or(!meant, |found| words.iter().all(|word| found.contains(&word.as_str()))))
 }
@@ -200,7 +202,9 @@ pub(super) fn limit_huge_pages(dir: &Dir, v2: bool, bytes: &BTreeMap<String, u64
     let limit = if v2 { "max" } else { "limit_in_bytes" };
     for size in huge_page_sizes(dir)? {
         let bytes = bytes.get(&size).copied().unwrap_or(0);
-        for (file, optional) in [(format!("hugetlb.{size}.{limit}"), false), (format!("hugetlb.{size}.rsvd.{limit}"), true)] {
+        for (file, optional) in
+            [(format!("hugetlb.{size}.{limit}"), false), (format!("hugetlb.{size}.rsvd.{limit}"), true)]
+        {
             match dir.write(&file, &bytes.to_string()) {
                 Err(Errno::ENOENT) if optional => {} // before Linux 5.7 nothing limits what is reserved
                 other => {

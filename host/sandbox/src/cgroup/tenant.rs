@@ -337,7 +337,8 @@ impl Ground {
         let Served { index, v2 } = self.served(Extra::Io, "io_weight")?;
         let dir = self.root.dir(index);
         let has = |file: &str| dir.read(file).is_ok();
-        let bfq = self.machine.has_bfq() && WEIGHTS.iter().any(|(file, of_v2)| *of_v2 == v2 && file.contains("bfq") && has(file));
+        let bfq = self.machine.has_bfq()
+            && WEIGHTS.iter().any(|(file, of_v2)| *of_v2 == v2 && file.contains("bfq") && has(file));
         let cost = v2 && has("io.weight");
         match (bfq, cost) {
             (false, false) => Err(CeilingError::NotAvailable {
@@ -345,9 +346,11 @@ impl Ground {
                 why: "no block device is scheduled by weight; to mend: write bfq to /sys/block/DEVICE/queue/scheduler"
                     .into(),
             }),
-            (true, false) if weight > MOST_BFQ_WEIGHT => {
-                Err(impossible("io_weight", weight.to_string(), format!("1 to {MOST_BFQ_WEIGHT} with the scheduler BFQ")))
-            }
+            (true, false) if weight > MOST_BFQ_WEIGHT => Err(impossible(
+                "io_weight",
+                weight.to_string(),
+                format!("1 to {MOST_BFQ_WEIGHT} with the scheduler BFQ"),
+            )),
             _ => Ok(()),
         }
     }

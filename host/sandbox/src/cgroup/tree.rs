@@ -267,7 +267,11 @@ impl Tree {
                 }
             }
         });
-        self.tenants.values().filter(|t| t.sandboxes == 0 && !t.is_pending()).map(|t| t.idle_since + TENANT_LINGER).min()
+        self.tenants
+            .values()
+            .filter(|t| t.sandboxes == 0 && !t.is_pending())
+            .map(|t| t.idle_since + TENANT_LINGER)
+            .min()
     }
 }
 

@@ -1,7 +1,9 @@
 //! Schemas that are made from tables: limits, quotas, problem codes.
 
 use holm_sandbox::ceiling::Ceiling;
-use utoipa::openapi::schema::{AdditionalProperties, ArrayBuilder, Components, ObjectBuilder, Schema, SchemaType, Type};
+use utoipa::openapi::schema::{
+    AdditionalProperties, ArrayBuilder, Components, ObjectBuilder, Schema, SchemaType, Type,
+};
 use utoipa::openapi::{Ref, RefOr};
 
 use crate::limit::{Limit, Runtime};
@@ -55,7 +57,9 @@ fn tenant_limits() -> RefOr<Schema> {
     }
     for (name, about) in CeilingSettings::OTHERS {
         let property: RefOr<Schema> = match *name {
-            "cpuset" => ObjectBuilder::new().schema_type(SchemaType::Type(Type::String)).description(Some(*about)).into(),
+            "cpuset" => {
+                ObjectBuilder::new().schema_type(SchemaType::Type(Type::String)).description(Some(*about)).into()
+            }
             "hugetlb" => ObjectBuilder::new()
                 .additional_properties(Some(ObjectBuilder::new().schema_type(SchemaType::Type(Type::Integer))))
                 .description(Some(*about))
