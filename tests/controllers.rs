@@ -57,6 +57,15 @@ fn shares(server: &Server, jobs: &[&Running], together: Duration) -> Vec<f64> {
     })
 }
 
+/// Memory that a job's largest process has.
+fn memory(server: &Server, job: &Running) -> u64 {
+    let resident = |process: &Process| {
+        let text = process.try_status().unwrap_or_default().get("VmRSS").cloned().unwrap_or_default();
+        text.trim_end_matches(" kB").trim().parse::<u64>().unwrap_or(0) << 10
+    };
+    job.processes(server).iter().map(resident).max().unwrap_or(0)
+}
+
 fn assert_near(found: f64, expected: f64, tolerance: f64, what: &str) {
     assert!((found / expected - 1.0).abs() <= tolerance, "{what}: {found} is not {expected}");
 }
@@ -152,14 +161,13 @@ fn a_tenant_over_its_own_memory_loses_a_job_of_its_own_and_no_neighbour_s() {
     let neighbour = run(&server, "b", &hold, &json!({}));
     // two jobs that are each within their own limits, and not together
     let limits = json!({"memory_bytes": 40 * MIB});
-    let ends: Vec<Value> = std::thread::scope(|scope| {
-        let allocate =
-            |_| scope.spawn(|| server.job("a", "probe", &json!(["allocate-in-grandchild", "30"]), &limits, b""));
-        let jobs: Vec<_> = (0..2).map(allocate).collect();
-        jobs.into_iter().map(|job| job.join().unwrap()["outcome"]["kind"].clone()).collect()
-    });
-    assert!(ends.contains(&json!("over_limit")), "{ends:?}");
-    assert!(ends.iter().all(|end| *end == "over_limit" || *end == "exited"), "{ends:?}");
+    let first = run(&server, "a", &["allocate-and-wait", "30"], &limits);
+    wait_until("it has its memory", || (memory(&server, &first) >= 30 * MIB).then_some(()));
+    let second = server.job("a", "probe", &json!(["allocate", "30"]), &limits, b"");
+    let first = first.finish().expect(200).json();
+    let ends = [&first, &second].map(|record| record["outcome"]["kind"].as_str().unwrap());
+    assert!(ends.contains(&"over_limit"), "{ends:?}");
+    assert!(ends.iter().all(|end| ["over_limit", "exited"].contains(end)), "{ends:?}");
     assert_eq!(neighbour.finish().expect(200).json()["outcome"], json!({"kind": "exited", "exit_code": 0}));
     // alone it fits
     let record = server.job("a", "probe", &json!(["allocate", "30"]), &limits, b"");
@@ -172,11 +180,7 @@ fn memory_lowered_below_what_is_in_use_ends_the_largest_job_and_no_more_than_is_
     let hold = |tenant, mib: &str| run(&server, tenant, &["allocate-and-wait", mib], &json!({}));
     let (small, large, neighbour) = (hold("a", "8"), hold("a", "48"), hold("b", "64"));
     for (job, mib) in [(&small, 8), (&large, 48), (&neighbour, 64)] {
-        wait_until("it has its memory", || {
-            let rss =
-                |process: &Process| process.status()["VmRSS"].trim_end_matches(" kB").trim().parse::<u64>().unwrap();
-            job.processes(&server).iter().any(|process| rss(process) >= mib << 10).then_some(())
-        });
+        wait_until("it has its memory", || (memory(&server, job) >= mib * MIB).then_some(()));
     }
     limit(&server, "a", &json!({"memory_bytes": 32 * MIB}));
     let ended = large.answer().expect(200).json();

@@ -132,12 +132,15 @@ fn lies_about_cgroups() -> Vec<Case> {
         },
         limits("a_write_of_the_pids_limit_that_lies", |call| is_any(&call.file(0), &["pids.max"])),
     ];
-    let attach: [(&str, When); 5] = [
+    let attach: [(&str, When); 8] = [
         ("cpu", |call| attaches(call, "cpu")),
         ("cpuacct", |call| attaches(call, "cpuacct")),
         ("memory", |call| attaches(call, "memory")),
         ("pids", |call| attaches(call, "pids")),
         ("freezer", |call| attaches(call, "freezer")),
+        ("cpuset", |call| attaches(call, "cpuset")),
+        ("blkio", |call| attaches(call, "blkio")),
+        ("devices", |call| attaches(call, "devices")),
     ];
     for (controller, when) in attach {
         let name: &'static str = format!("an_attach_to_{controller}_that_lies").leak();
