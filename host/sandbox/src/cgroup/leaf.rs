@@ -86,6 +86,12 @@ impl Leaf {
         v1 && (self.plan.v2.is_none() || in_leaf("unified")) && self.tenant_holds(membership)
     }
 
+    /// Whether a controller, or `unified`, has a cgroup of this leaf or of its tenant: others are nobody's concern.
+    pub(crate) fn is_governed_by(&self, name: &str) -> bool {
+        let extra = Extra::ALL.into_iter().find(|extra| extra.v1_name() == name);
+        extra.is_none_or(|extra| self.plan.served(extra).is_ok_and(|served| !served.v2))
+    }
+
     /// Whether it is in the tenant's cgroup, in every hierarchy that has no leaves.
     fn tenant_holds(&self, membership: &BTreeMap<String, String>) -> bool {
         let (tenant, _) = self.path.rsplit_once('/').unwrap_or_default();
