@@ -223,6 +223,8 @@ fn a_weight_for_block_devices_needs_a_scheduler_that_weighs() {
     }
     assert_eq!(set(json!(500)).expect(200).json()["limits"]["io_weight"], 500);
     fs::write(&scheduler, "none").unwrap();
-    println!("NOT SHOWN: io_weight: a loop device answers from memory, so no queue forms in which a weight would count");
+    println!(
+        "NOT SHOWN: io_weight: a loop device answers from memory, so no queue forms in which a weight would count"
+    );
     server.assert_healthy();
 }
