@@ -12,6 +12,7 @@ pub mod elf;
 pub mod family;
 pub mod function;
 pub mod inspect;
+pub mod loops;
 pub mod plain;
 pub mod raw;
 pub mod slowness;

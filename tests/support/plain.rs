@@ -36,6 +36,10 @@ impl Plain {
         Self { child, stdout, _dir: dir }
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The next line that it says.
     pub fn line(&mut self) -> String {
         let mut line = String::new();

@@ -8,6 +8,7 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod ceiling;
 pub mod cgroup;
 pub mod error;
 #[cfg(feature = "fuzzing")]

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::ceiling::Ceiling;
+
 /// The limits of one sandbox. The launcher refuses values outside the ranges given here, whoever asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
@@ -83,46 +85,10 @@ impl Limits {
     }
 }
 
-fn all_in_range(ranges: &[(&'static str, bool)]) -> Result<(), LimitError> {
+pub(crate) fn all_in_range(ranges: &[(&'static str, bool)]) -> Result<(), LimitError> {
     match ranges.iter().find(|(_, ok)| !ok) {
         None => Ok(()),
         Some((name, _)) => Err(LimitError(name)),
-    }
-}
-
-/// The ceiling over all of a tenant's jobs together. `None` leaves the kernel's own setting, which inherits the
-/// server's share: it is the operator's choice not to divide the machine, not a limit of zero.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Ceiling {
-    /// Memory of all jobs.
-    pub memory_bytes: Option<u64>,
-    /// CPU time per wall time, in thousandths of a core.
-    pub cpu_millicores: Option<u32>,
-    /// Share of CPU against the other tenants.
-    pub cpu_weight: Option<u32>,
-    /// Processes and threads of all jobs, the host's own inits included.
-    pub pids: Option<u32>,
-}
-
-impl Ceiling {
-    /// Range of `memory_bytes`: from one job's least to more than any machine has.
-    pub const MEMORY_BYTES: RangeInclusive<u64> = 4 * MIB..=1 << 50;
-    /// Range of `pids`: from an init and its program to the kernel's `PID_MAX_LIMIT`.
-    pub const PIDS: RangeInclusive<u32> = 2..=1 << 22;
-
-    /// Checks every value that is there against its range; those of CPU are a job's own.
-    ///
-    /// # Errors
-    /// The first that is out of its range.
-    pub fn check(&self) -> Result<(), LimitError> {
-        let cpu = self.cpu_millicores.is_none_or(|value| Limits::CPU_MILLICORES.contains(&value));
-        let weight = self.cpu_weight.is_none_or(|value| Limits::CPU_WEIGHT.contains(&value));
-        all_in_range(&[
-            ("memory_bytes", self.memory_bytes.is_none_or(|value| Self::MEMORY_BYTES.contains(&value))),
-            ("cpu_cores", cpu),
-            ("cpu_weight", weight),
-            ("pids", self.pids.is_none_or(|value| Self::PIDS.contains(&value))),
-        ])
     }
 }
 
@@ -165,29 +131,6 @@ mod tests {
             let mut limits = some();
             set(&mut limits);
             assert_eq!(limits.check(), Err(LimitError(name)));
-        }
-    }
-
-    #[test]
-    fn a_ceiling_has_ranges_too() {
-        let most = Ceiling {
-            memory_bytes: Some(1 << 50),
-            cpu_millicores: Some(1_024_000),
-            cpu_weight: Some(10_000),
-            pids: Some(1 << 22),
-        };
-        for ceiling in [Ceiling::default(), most] {
-            assert_eq!(ceiling.check(), Ok(()));
-        }
-        let wrong = [
-            ("memory_bytes", Ceiling { memory_bytes: Some(0), ..most }),
-            ("memory_bytes", Ceiling { memory_bytes: Some(u64::MAX), ..most }),
-            ("cpu_cores", Ceiling { cpu_millicores: Some(0), ..most }),
-            ("cpu_weight", Ceiling { cpu_weight: Some(0), ..most }),
-            ("pids", Ceiling { pids: Some(1), ..most }),
-        ];
-        for (name, ceiling) in wrong {
-            assert_eq!(ceiling.check(), Err(LimitError(name)));
         }
     }
 

@@ -18,7 +18,7 @@ pub struct Policy {
     pub uid: u32,
     /// What is mounted, the root first.
     pub mounts: Vec<Mount>,
-    /// The nodes in `/dev`.
+    /// The nodes in `/dev` of every job; a tenant's `devices` add to them.
     pub devices: Vec<Device>,
     /// What Landlock lets be done beneath which path. What is not listed is refused.
     pub landlock: Vec<Rule>,
@@ -107,7 +107,10 @@ impl Policy {
                     why: mount.why,
                 })
                 .collect(),
-            devices: devices.iter().map(|&(name, major, minor)| Device { name, major, minor }).collect(),
+            devices: devices
+                .iter()
+                .map(|&(name, major, minor)| Device { name, major: major.into(), minor: minor.into() })
+                .collect(),
             landlock: landlock::rules(kind)
                 .into_iter()
                 .map(|(beneath, rights)| Rule { beneath, rights: rights.to_string() })

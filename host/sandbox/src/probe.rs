@@ -12,6 +12,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{Resource, getrlimit};
 use serde::Serialize;
 
+use crate::cgroup::extra::{Absence, Extra};
 use crate::cgroup::{CgroupError, Plan};
 use crate::error::{LaunchError, in_words};
 use crate::limits::{Ceiling, Limits};
@@ -103,7 +104,7 @@ fn look(lock_dir: &Path) -> Vec<Check> {
         pids(),
         neighbours(),
     ];
-    always.into_iter().chain(user_namespace()).collect()
+    always.into_iter().chain(user_namespace()).chain(controllers()).collect()
 }
 
 fn read(path: &str) -> Option<String> {
@@ -193,6 +194,20 @@ fn cgroups() -> Check {
             Check::fail("cgroups", in_words(&error), mend)
         }
     }
+}
+
+/// The controllers that only tenants' settings need: without one, jobs are isolated all the same.
+fn controllers() -> Vec<Check> {
+    // what hinders all of them is said where it hinders more
+    let Ok(plan) = Plan::for_this_process() else { return Vec::new() };
+    let check = |(extra, found): (Extra, Result<String, Absence>)| match found {
+        Ok(found) => Check::ok(extra.v1_name(), found),
+        Err(absence) => {
+            let found = format!("{}: tenants cannot be given `limits` {}", absence.found, extra.settings());
+            Check::warn(extra.v1_name(), found, absence.mend)
+        }
+    };
+    plan.describe_extras().into_iter().map(check).collect()
 }
 
 fn landlock() -> Check {

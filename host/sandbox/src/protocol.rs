@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::ceiling::{Ceiling, CeilingError};
 use crate::error::LaunchError;
-use crate::limits::Ceiling;
 use crate::name::Name;
 use crate::spec::{SandboxId, SandboxSpec};
 use crate::usage::{Isolation, SandboxReport};
@@ -38,13 +38,18 @@ pub enum ToLauncher {
     },
     /// Kill a sandbox. Unknown ids are ignored: it may just have ended.
     Kill(SandboxId),
-    /// Change the ceiling of a tenant that has sandboxes; others get theirs with their first one.
+    /// Change the ceiling of a tenant, now and for every launch from now on, whatever that brings along. Answered by
+    /// [`FromLauncher::CeilingSet`].
     SetCeiling {
+        /// The number that the answer has. Chosen by the server.
+        request: u64,
         /// The tenant.
         tenant: Name,
         /// Its new ceiling.
         ceiling: Ceiling,
     },
+    /// A tenant is deleted: forget the ceiling that has been set for it.
+    ForgetCeiling(Name),
 }
 
 impl ToLauncher {
@@ -53,7 +58,7 @@ impl ToLauncher {
     pub fn fds(&self) -> usize {
         match self {
             Self::Launch { .. } => 2,
-            Self::Configure(_) | Self::Kill(_) | Self::SetCeiling { .. } => 0,
+            Self::Configure(_) | Self::Kill(_) | Self::SetCeiling { .. } | Self::ForgetCeiling(_) => 0,
         }
     }
 }
@@ -81,6 +86,13 @@ pub enum FromLauncher {
         id: SandboxId,
         /// Why.
         error: LaunchError,
+    },
+    /// A ceiling holds, or cannot: then everything is as it was before.
+    CeilingSet {
+        /// The request that this answers.
+        request: u64,
+        /// Why it cannot.
+        result: Result<(), CeilingError>,
     },
     /// Tenant code has started.
     Started(SandboxId),

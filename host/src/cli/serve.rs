@@ -200,6 +200,7 @@ fn assemble(
         job_defaults: Given::from_stored(&config.job_defaults),
         job_maximums: Given::from_stored(&config.job_maximums),
         connections: connection_rules(config),
+        tenant_changes: tokio::sync::Mutex::default(),
         draining: AtomicBool::new(false),
     }))
 }

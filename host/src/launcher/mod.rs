@@ -1,5 +1,6 @@
 //! The server's side of the launcher: messages out, events in, one handle a sandbox.
 
+mod ceilings;
 mod packets;
 mod sandbox;
 mod streams;
@@ -11,14 +12,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use holm_sandbox::LaunchError;
-use holm_sandbox::limits::Ceiling;
-use holm_sandbox::name::Name;
+use holm_sandbox::ceiling::CeilingError;
 use holm_sandbox::protocol::{FromLauncher, ToLauncher};
 use holm_sandbox::spec::SandboxId;
 use holm_sandbox::usage::{Isolation, SandboxReport};
 use holm_sandbox::wire::{MAX_PACKET, Packets, RecvError};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
+pub use self::ceilings::SetCeilingError;
 use self::packets::AsyncPackets;
 pub use self::sandbox::{Killer, Sandbox, SandboxError};
 pub use self::streams::{Collected, Collector, Content, Stdio, StreamError};
@@ -43,6 +44,8 @@ struct Sandboxes {
     /// Set once the launcher is gone: nothing can be launched any more.
     gone: bool,
     events: HashMap<SandboxId, mpsc::Sender<Event>>,
+    /// Changes of ceilings that have not been answered, by their number. At most one for each tenant.
+    ceilings: HashMap<u64, oneshot::Sender<Result<(), CeilingError>>>,
 }
 
 type Outgoing = (ToLauncher, Vec<OwnedFd>);
@@ -76,11 +79,6 @@ impl Launcher {
         Ok((launcher, driver))
     }
 
-    /// Changes the ceiling over a tenant's running jobs.
-    pub fn set_ceiling(&self, tenant: Name, ceiling: Ceiling) {
-        self.send(ToLauncher::SetCeiling { tenant, ceiling }, Vec::new());
-    }
-
     fn send(&self, message: ToLauncher, fds: Vec<OwnedFd>) {
         // fails only when the driver has ended, which every waiting sandbox is told of
         let _ = self.0.outbox.send((message, fds));
@@ -111,6 +109,7 @@ impl Inner {
             FromLauncher::Started(id) => (id, Event::Started, false),
             FromLauncher::Refused { id, error } => (id, Event::Refused(error), true),
             FromLauncher::Ended { id, report } => (id, Event::Ended(report), true),
+            FromLauncher::CeilingSet { request, result } => return self.answer_ceiling(request, result),
             FromLauncher::Up { .. } | FromLauncher::Unable(_) => return,
         };
         let mut sandboxes = self.sandboxes();
@@ -131,6 +130,7 @@ async fn drive(inner: Arc<Inner>, socket: AsyncPackets, mut inbox: mpsc::Unbound
     let mut sandboxes = inner.sandboxes();
     sandboxes.gone = true;
     sandboxes.events.clear();
+    sandboxes.ceilings.clear();
     gone
 }
 

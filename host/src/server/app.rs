@@ -49,6 +49,8 @@ pub struct AppParts {
     pub job_maximums: Given,
     /// Time-outs and caps.
     pub connections: ConnectionRules,
+    /// Held for each change of a tenant's settings: kernel and store must come to agree on the same ones.
+    pub tenant_changes: tokio::sync::Mutex<()>,
     /// Set when the server is about to stop.
     pub draining: AtomicBool,
 }

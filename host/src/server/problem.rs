@@ -3,9 +3,11 @@
 use axum::body::Body;
 use axum::http::{HeaderName, HeaderValue, Response, StatusCode, header};
 use axum::response::IntoResponse;
+use holm_sandbox::ceiling::CeilingError;
 use serde_json::{Value, json};
 
 use crate::admission::AdmissionError;
+use crate::launcher::SetCeilingError;
 use crate::limit::LimitError;
 use crate::plugin::PluginSettingsError;
 use crate::store::StoreError;
@@ -52,6 +54,7 @@ codes! {
     MethodNotAllowed, "method_not_allowed", METHOD_NOT_ALLOWED, "The resource does not have this method";
     RequestTimeout, "request_timeout", REQUEST_TIMEOUT, "The request came too slowly";
     WrongInterface, "wrong_interface", CONFLICT, "The plugin has another interface";
+    LimitInUse, "limit_in_use", CONFLICT, "More than the limit is in use";
     JobFinished, "job_finished", CONFLICT, "The job is over already";
     PreconditionFailed, "precondition_failed", PRECONDITION_FAILED, "The resource is not in the state that was named";
     PayloadTooLarge, "payload_too_large", PAYLOAD_TOO_LARGE, "The body is too large";
@@ -216,8 +219,30 @@ impl From<SettingsError> for Problem {
                 .with("given", given)
                 .with("minimum", minimum)
                 .with("maximum", maximum),
+            SettingsError::Impossible { field, given, possible } => Self::new(Code::LimitOutOfRange, detail)
+                .with("limit", field)
+                .with("given", given)
+                .with("possible", possible),
             SettingsError::Limit { field, error } => Self::from(error).with("field", field),
             SettingsError::NotAvailable { field } => Self::new(Code::NotAvailable, detail).with("field", field),
+        }
+    }
+}
+
+impl From<SetCeilingError> for Problem {
+    fn from(error: SetCeilingError) -> Self {
+        let SetCeilingError::Refused(refused) = error else { return Self::internal(&error) };
+        let detail = refused.to_string();
+        match refused {
+            CeilingError::NotAvailable { field, .. } => Self::new(Code::NotAvailable, detail).with("field", field),
+            CeilingError::Impossible { field, given, possible } => Self::new(Code::LimitOutOfRange, detail)
+                .with("limit", field)
+                .with("given", given)
+                .with("possible", possible),
+            CeilingError::InUse { field, used } => {
+                Self::new(Code::LimitInUse, detail).with("limit", field).with("used", used).retry_after(1)
+            }
+            CeilingError::Refused { field, .. } => Self::new(Code::NotAvailable, detail).with("field", field),
         }
     }
 }

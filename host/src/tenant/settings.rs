@@ -12,7 +12,7 @@ use crate::limit::{Given, LimitError, Maximums};
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TenantSettings {
-    /// The ceiling over all of the tenant's jobs: `memory_bytes`, `cpu_cores`, `cpu_weight`, `pids`.
+    /// The ceiling over all of the tenant's jobs together; see the schema `TenantLimits`.
     #[serde(skip_serializing_if = "Map::is_empty")]
     limits: Map<String, Value>,
     /// What the tenant may have at once and in all.
@@ -57,6 +57,16 @@ pub enum SettingsError {
         field: &'static str,
         /// What is wrong.
         error: LimitError,
+    },
+    /// A value that can never be, whose range is no pair of numbers.
+    #[error("`{field}` is {given}; possible is {possible}")]
+    Impossible {
+        /// The field's path.
+        field: String,
+        /// What was given.
+        given: Value,
+        /// What can be.
+        possible: String,
     },
     /// A setting of the contract that this server cannot enforce.
     #[error("`{field}` cannot be enforced by this server")]

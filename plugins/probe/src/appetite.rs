@@ -64,6 +64,14 @@ pub(crate) fn allocate(mib: usize) -> usize {
     held.len()
 }
 
+/// Takes memory and keeps it until the input ends.
+pub(crate) fn allocate_and_wait(mib: usize) -> Result<()> {
+    let held = std::hint::black_box(vec![1_u8; mib * MIB]);
+    io::copy(&mut io::stdin(), &mut io::sink())?;
+    drop(held);
+    Ok(())
+}
+
 /// The same in a child; then goes on for a while, whatever became of the child. Tells how the child ended.
 pub(crate) fn allocate_in_child(mib: usize) -> Result<i32> {
     match fork()? {

@@ -12,6 +12,7 @@ mod quota;
 mod raw;
 mod reach;
 mod report;
+mod shares;
 mod sys;
 mod wrapped;
 
@@ -155,6 +156,7 @@ fn run(words: &[&str]) -> Result<ExitCode> {
 
         // how much
         ["allocate", mib] => say(&appetite::allocate(mib.parse()?).to_string())?,
+        ["allocate-and-wait", mib] => appetite::allocate_and_wait(mib.parse()?)?,
         ["allocate-in-child", mib] => say(&appetite::allocate_in_child(mib.parse()?)?.to_string())?,
         ["allocate-in-grandchild", mib] => {
             let mib = mib.parse()?;
@@ -198,6 +200,18 @@ fn run(words: &[&str]) -> Result<ExitCode> {
         ["dodge", way, ms] => hoard::dodge(way, Duration::from_millis(ms.parse()?))?,
         ["drip", bytes, pause_us] => hoard::drip(bytes.parse()?, Duration::from_micros(pause_us.parse()?))?,
         ["hide", ms] => hoard::hide(Duration::from_millis(ms.parse()?))?,
+
+        // what controllers divide
+        ["cpus", threads, ms] => say(&shares::cpus(threads.parse()?, Duration::from_millis(ms.parse()?)).to_string())?,
+        ["direct", way, path, block, ms] => {
+            say(&shares::direct(way, path, block.parse()?, Duration::from_millis(ms.parse()?))?.to_string())?;
+        }
+        ["node", path, ways @ ..] => say(&shares::node(path, ways)?.to_string())?,
+        ["make-node", path, major, minor] => {
+            say(&shares::make_node(path, major.parse()?, minor.parse()?)?.to_string())?;
+        }
+        ["huge-map", bytes] => say(&shares::huge_map(bytes.parse()?).to_string())?,
+        ["packet"] => say(&shares::packet()?.to_string())?,
 
         // what goes in and out
         ["cat"] => drop(io::copy(&mut io::stdin(), &mut io::stdout())?),

@@ -55,7 +55,8 @@ fn obey(message: &ToLauncher) {
     match message {
         ToLauncher::Configure(config) => name(config.instance.as_str()),
         ToLauncher::Kill(_) => {}
-        ToLauncher::SetCeiling { tenant, ceiling } => {
+        ToLauncher::ForgetCeiling(tenant) => name(tenant.as_str()),
+        ToLauncher::SetCeiling { tenant, ceiling, .. } => {
             name(tenant.as_str());
             let _ = ceiling.check();
         }

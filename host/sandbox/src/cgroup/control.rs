@@ -68,6 +68,10 @@ impl<'a> Control<'a> {
         if self.v2 { v2::oom_kills(self.dir) } else { v1::oom_kills(self.dir) }
     }
 
+    pub(super) fn memory_used(&self) -> Option<u64> {
+        self.dir.number(if self.v2 { "memory.current" } else { "memory.usage_in_bytes" })
+    }
+
     pub(super) fn memory_peak(&self) -> Option<u64> {
         if self.v2 { v2::memory_peak(self.dir) } else { v1::memory_peak(self.dir) }
     }

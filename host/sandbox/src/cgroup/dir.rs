@@ -60,13 +60,22 @@ impl Dir {
 
     /// The names of the cgroups directly below.
     pub(crate) fn children(&self) -> nix::Result<Vec<String>> {
+        self.list(".", |kind| kind == Some(nix::dir::Type::Directory))
+    }
+
+    /// The names of everything in `path` below this directory.
+    pub(crate) fn entries(&self, path: &str) -> nix::Result<Vec<String>> {
+        self.list(path, |_| true)
+    }
+
+    fn list(&self, path: &str, wanted: impl Fn(Option<nix::dir::Type>) -> bool) -> nix::Result<Vec<String>> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let mut dir = nix::dir::Dir::openat(&self.0, ".", flags, Mode::empty())?;
+        let mut dir = nix::dir::Dir::openat(&self.0, path, flags, Mode::empty())?;
         let mut names = Vec::new();
         for entry in dir.iter() {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            if entry.file_type() == Some(nix::dir::Type::Directory) && name != "." && name != ".." {
+            if wanted(entry.file_type()) && name != "." && name != ".." {
                 names.push(name);
             }
         }

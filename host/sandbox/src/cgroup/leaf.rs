@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 
 use super::control::Control;
 use super::tree::Level;
-use super::{Plan, Role, UNIFIED, v2};
+use super::{Extra, Plan, Role, UNIFIED, v2};
 use crate::name::Name;
 use crate::spec::SandboxSpec;
 use crate::usage::Usage;
@@ -30,14 +30,14 @@ impl Leaf {
         Self { plan, parent, tenant, path, level }
     }
 
-    pub(super) fn tenant(&self) -> &Name {
+    pub(crate) fn tenant(&self) -> &Name {
         &self.tenant
     }
 
     /// Removes the directories. `EBUSY` while the last task is still on its way out.
     pub(super) fn remove(&self) -> nix::Result<()> {
         let name = self.path.rsplit('/').next().unwrap_or(&self.path);
-        self.parent.remove_below(name)
+        self.parent.remove_below(name, self.plan.with_leaves)
     }
 
     fn control(&self, role: Role) -> Control<'_> {
@@ -48,11 +48,15 @@ impl Leaf {
     pub(crate) fn limit(&self, spec: &SandboxSpec) -> nix::Result<()> {
         let limits = &spec.limits;
         self.control(Role::Memory).limit_memory(limits.memory_bytes)?;
-        // more than the tenant has would mean nothing on v2, and v1 refuses it
-        let ceiling = spec.ceiling.cpu_millicores.unwrap_or(u32::MAX);
-        self.control(Role::Cpu).limit_cpu(limits.cpu_millicores.min(ceiling))?;
+        self.limit_cpu(spec)?;
         self.control(Role::Cpu).weigh_cpu(limits.cpu_weight)?;
         self.control(Role::Pids).limit_pids(limits.pids + spec.kind.own_pids())
+    }
+
+    /// Writes the CPU limit, or the tenant's if that is less: more would mean nothing on v2, and v1 refuses it.
+    pub(crate) fn limit_cpu(&self, spec: &SandboxSpec) -> nix::Result<()> {
+        let ceiling = spec.ceiling.cpu_millicores.unwrap_or(u32::MAX);
+        self.control(Role::Cpu).limit_cpu(spec.limits.cpu_millicores.min(ceiling))
     }
 
     /// Sees to it that an OOM kill takes the whole job: on v2 the kernel does, on v1 the descriptor given becomes
@@ -66,22 +70,39 @@ impl Leaf {
         self.plan.v2.map(|index| self.level.dir(index).as_fd())
     }
 
-    /// Attaches `pid` in every hierarchy in which it was not born.
+    /// Attaches `pid` in every hierarchy in which it was not born: to the leaf, and where there are none, to the tenant's
+    /// cgroup.
     pub(crate) fn attach(&self, pid: Pid) -> nix::Result<()> {
         let born = self.plan.v2;
-        self.level.dirs().filter(|(index, _)| Some(*index) != born).try_for_each(|(_, dir)| dir.attach(pid))
+        let own = self.level.dirs().filter(|(index, _)| Some(*index) != born);
+        let of_tenant = self.parent.dirs().filter(|(index, _)| *index >= self.plan.with_leaves);
+        own.chain(of_tenant).try_for_each(|(_, dir)| dir.attach(pid))
     }
 
     /// Whether a process with this membership is in the leaf, in every hierarchy.
     pub(crate) fn holds(&self, membership: &BTreeMap<String, String>) -> bool {
         let in_leaf = |name: &str| membership.get(name).is_some_and(|path| path.ends_with(&self.path));
         let v1 = Role::ALL.into_iter().filter(|role| !self.plan.is_v2(*role)).all(|role| in_leaf(role.v1_name()));
-        v1 && (self.plan.v2.is_none() || in_leaf(UNIFIED))
+        v1 && (self.plan.v2.is_none() || in_leaf(UNIFIED)) && self.tenant_holds(membership)
     }
 
     /// The cgroups of a process with this membership, by the names of the controllers that limit it.
     pub(crate) fn by_controller(&self, membership: BTreeMap<String, String>) -> BTreeMap<String, String> {
         self.plan.name_v2_controllers(membership)
+    }
+
+    /// Whether a controller, or `unified`, has a cgroup of this leaf or of its tenant: others are nobody's concern.
+    pub(crate) fn is_governed_by(&self, name: &str) -> bool {
+        let extra = Extra::ALL.into_iter().find(|extra| extra.v1_name() == name);
+        extra.is_none_or(|extra| self.plan.served(extra).is_ok_and(|served| !served.v2))
+    }
+
+    /// Whether it is in the tenant's cgroup, in every hierarchy that has no leaves.
+    fn tenant_holds(&self, membership: &BTreeMap<String, String>) -> bool {
+        let (tenant, _) = self.path.rsplit_once('/').unwrap_or_default();
+        let in_tenant = |name: &str| membership.get(name).is_some_and(|path| path.ends_with(tenant));
+        let on_v1 = |extra: &Extra| self.plan.served(*extra).is_ok_and(|served| !served.v2);
+        Extra::ALL.iter().filter(|extra| on_v1(extra)).all(|extra| in_tenant(extra.v1_name()))
     }
 
     /// Kills everything in the leaf that the death of its init would not take with it at once, frozen or not.
@@ -96,6 +117,11 @@ impl Leaf {
     /// Processes that the OOM killer has taken in this leaf.
     pub(crate) fn oom_kills(&self) -> u64 {
         self.control(Role::Memory).oom_kills().unwrap_or(0)
+    }
+
+    /// Memory in use now.
+    pub(crate) fn memory_used(&self) -> u64 {
+        self.control(Role::Memory).memory_used().unwrap_or(0)
     }
 
     /// CPU time used so far.

@@ -5,9 +5,14 @@
 
 mod control;
 mod dir;
+pub mod extra;
 pub mod hierarchy;
 mod leaf;
+mod machine;
+mod program;
 mod room;
+mod settings;
+mod tenant;
 mod tree;
 mod v1;
 mod v2;
@@ -18,8 +23,10 @@ use std::io;
 
 use self::control::Control;
 use self::dir::Dir;
+use self::extra::{Absence, Extra, Offer, Served};
 use self::hierarchy::{Hierarchy, Layout, LayoutError};
 pub(crate) use self::leaf::Leaf;
+pub(crate) use self::machine::Node;
 use self::tree::Level;
 pub(crate) use self::tree::{Remains, Tree};
 
@@ -78,6 +85,10 @@ pub struct Plan {
     roles: BTreeMap<Role, usize>,
     /// The v2 hierarchy among `hierarchies`, whether or not it serves a role.
     v2: Option<usize>,
+    /// How many of `hierarchies`, from the first, have a cgroup for each job; in the rest jobs are in their tenant's.
+    with_leaves: usize,
+    /// Which hierarchy serves the controllers for tenants alone.
+    extras: BTreeMap<Extra, Result<Served, Absence>>,
 }
 
 /// The machine's cgroups cannot isolate jobs.
@@ -125,6 +136,7 @@ impl Plan {
             })
         };
         let mut layout = Layout::discover(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?)?;
+        let mounted: Vec<String> = layout.v1.iter().flat_map(|hierarchy| hierarchy.controllers.clone()).collect();
         let usable = |hierarchy: &Hierarchy| Dir::takes_cgroups(&hierarchy.own_dir);
         layout.v1.retain(usable);
         layout.v2 = layout.v2.filter(usable);
@@ -132,7 +144,21 @@ impl Plan {
             Some(v2) => Dir::open(&v2.own_dir).map(|dir| v2::available(&dir)).unwrap_or_default(),
             None => Vec::new(),
         };
-        Self::from_layout(layout, &v2_controllers)
+        // beside v1, what the operator has not enabled on v2 may be meant to be mounted on v1: it is not taken from there
+        let v2_enabled = match &layout.v2 {
+            Some(v2) if !mounted.is_empty() => Dir::open(&v2.own_dir).map(|dir| v2::enabled(&dir)).unwrap_or_default(),
+            _ => v2_controllers.clone(),
+        };
+        let offer = Offer {
+            layout: &layout,
+            mounted: &mounted,
+            v2_controllers: &v2_controllers,
+            v2_enabled: &v2_enabled,
+            programs: &extra::takes_programs,
+            attaches_cpus: extra::attaches_cpus(),
+            kernel: &extra::kernel_controllers(),
+        };
+        Self::from_offer(&offer)
     }
 
     /// Looks whether there is room for an instance: on v2, nobody else's process in the server's own cgroup.
@@ -148,7 +174,8 @@ impl Plan {
         }
     }
 
-    fn from_layout(layout: Layout, v2_controllers: &[String]) -> Result<Self, CgroupError> {
+    fn from_offer(offer: &Offer<'_>) -> Result<Self, CgroupError> {
+        let Offer { layout, v2_controllers, .. } = *offer;
         let pure_v2 = layout.v1.is_empty();
         let mut hierarchies: Vec<Hierarchy> = Vec::new();
         let mut roles = BTreeMap::new();
@@ -176,13 +203,20 @@ impl Plan {
         if !missing.is_empty() {
             return Err(CgroupError::Missing(missing));
         }
-        let v2 = layout.v2.map(|v2| {
-            hierarchies.iter().position(|h| *h == v2).unwrap_or_else(|| {
-                hierarchies.push(v2);
+        let index_of = |hierarchies: &mut Vec<Hierarchy>, hierarchy: &Hierarchy| {
+            hierarchies.iter().position(|h| h == hierarchy).unwrap_or_else(|| {
+                hierarchies.push(hierarchy.clone());
                 hierarchies.len() - 1
             })
+        };
+        let v2 = layout.v2.as_ref().map(|v2| index_of(&mut hierarchies, v2));
+        let with_leaves = hierarchies.len();
+        let leaves = hierarchies.clone();
+        let extras = Extra::ALL.map(|extra| {
+            let found = offer.find(extra, |hierarchy| leaves.contains(hierarchy));
+            (extra, found.map(|(hierarchy, v2)| Served { index: index_of(&mut hierarchies, hierarchy), v2 }))
         });
-        Ok(Self { hierarchies, roles, v2 })
+        Ok(Self { hierarchies, roles, v2, with_leaves, extras: extras.into() })
     }
 
     /// `membership`, completed by the names of the controllers that jobs are limited by on v2.
@@ -241,7 +275,8 @@ pub(crate) fn membership(text: &str) -> BTreeMap<String, String> {
             paths.insert(UNIFIED.to_owned(), path.to_owned());
         }
         for controller in controllers.split(',') {
-            if Role::ALL.iter().any(|role| role.v1_name() == controller) {
+            let mut names = Role::ALL.map(Role::v1_name).into_iter().chain(Extra::ALL.map(Extra::v1_name));
+            if names.any(|name| name == controller) {
                 paths.insert(controller.to_owned(), path.to_owned());
             }
         }
@@ -258,14 +293,31 @@ mod tests {
         Hierarchy { controllers, own_dir: dir.into(), own_path: "/".into() }
     }
 
+    fn plan(layout: &Layout, v2_controllers: &[&str]) -> Result<Plan, CgroupError> {
+        let v2_controllers: Vec<String> = v2_controllers.iter().map(ToString::to_string).collect();
+        let (v2_controllers, programs) = (&v2_controllers, &|_| Ok(()));
+        let v2_enabled = v2_controllers;
+        Plan::from_offer(&Offer {
+            layout,
+            mounted: &[],
+            v2_controllers,
+            v2_enabled,
+            programs,
+            attaches_cpus: true,
+            kernel: "",
+        })
+    }
+
     #[test]
     fn hybrid_limits_by_v1_and_kills_by_v2() {
         let v1 = ["cpu", "cpuacct", "memory", "pids", "freezer", "blkio"];
         let layout =
             Layout { v1: v1.iter().map(|c| hierarchy(&[c], c)).collect(), v2: Some(hierarchy(&[], "unified")) };
-        let plan = Plan::from_layout(layout, &[]).unwrap();
+        let plan = plan(&layout, &[]).unwrap();
         assert_eq!(plan.version(), "hybrid");
-        assert_eq!(plan.hierarchies.len(), 6, "five for the roles, blkio for none, and v2");
+        assert_eq!((plan.with_leaves, plan.hierarchies.len()), (6, 7), "five for the roles, and v2; blkio for tenants");
+        assert_eq!(plan.served(Extra::Io), Ok(Served { index: 6, v2: false }));
+        assert_eq!(plan.served(Extra::Devices), Ok(Served { index: 5, v2: true }));
         assert!(plan.v2_delegation().is_empty());
         assert!(!plan.is_v2(Role::Freezer));
     }
@@ -276,34 +328,35 @@ mod tests {
             v1: vec![hierarchy(&["cpu", "cpuacct"], "a"), hierarchy(&["memory", "pids", "freezer"], "b")],
             v2: None,
         };
-        let plan = Plan::from_layout(layout, &[]).unwrap();
+        let plan = plan(&layout, &[]).unwrap();
         assert_eq!((plan.version(), plan.hierarchies.len()), ("v1", 2));
     }
 
     #[test]
     fn v2_delegates_what_it_limits() {
-        let controllers: Vec<String> = ["cpuset", "cpu", "io", "memory", "pids"].map(String::from).into();
         let layout = Layout { v1: vec![], v2: Some(hierarchy(&[], "u")) };
-        let plan = Plan::from_layout(layout, &controllers).unwrap();
+        let plan = plan(&layout, &["cpuset", "cpu", "io", "memory", "pids"]).unwrap();
         assert_eq!((plan.version(), plan.hierarchies.len()), ("v2", 1));
         assert_eq!(plan.v2_delegation(), ["cpu", "memory", "pids"]);
+        assert_eq!(plan.v2_extras(), [(Extra::Cpuset, "cpuset"), (Extra::Io, "io")]);
     }
 
     #[test]
     fn every_missing_controller_is_named_at_once() {
         let layout = Layout { v1: vec![], v2: Some(hierarchy(&[], "u")) };
-        let error = Plan::from_layout(layout, &["cpu".to_owned()]).unwrap_err();
+        let error = plan(&layout, &["cpu"]).unwrap_err();
         assert!(matches!(error, CgroupError::Missing(roles) if roles == [Role::Memory, Role::Pids]));
         let layout = Layout { v1: vec![hierarchy(&["memory"], "m")], v2: None };
-        let error = Plan::from_layout(layout, &[]).unwrap_err();
+        let error = plan(&layout, &[]).unwrap_err();
         assert!(matches!(error, CgroupError::Missing(roles) if roles.len() == 4));
     }
 
     #[test]
     fn membership_names_the_controllers_that_limit() {
-        let text = "9:name=systemd:/\n5:cpu,cpuacct:/h/t/l\n4:memory:/x\n1:blkio:/\n0::/h/t/l\n";
+        let text = "9:name=systemd:/\n5:cpu,cpuacct:/h/t/l\n4:memory:/x\n1:perf_event:/\n2:blkio:/h/t\n0::/h/t/l\n";
         let paths = membership(text);
-        let expected = [("cpu", "/h/t/l"), ("cpuacct", "/h/t/l"), ("memory", "/x"), ("unified", "/h/t/l")];
+        let expected =
+            [("blkio", "/h/t"), ("cpu", "/h/t/l"), ("cpuacct", "/h/t/l"), ("memory", "/x"), ("unified", "/h/t/l")];
         assert_eq!(paths, expected.map(|(k, v)| (k.to_owned(), v.to_owned())).into());
     }
 }

@@ -11,17 +11,14 @@ use nix::sys::signal::{Signal, kill};
 use super::dir::Dir;
 use super::hierarchy::Hierarchy;
 use super::leaf::Leaf;
-use super::{CgroupError, Plan, Role, room, v1, v2};
-use crate::limits::Ceiling;
+use super::machine::{Machine, Node};
+use super::tenant::{Attempt, Ground, Tenant};
+use super::{CgroupError, Extra, Plan, Served, room, settings, v1, v2};
+use crate::ceiling::{Ceiling, CeilingError};
 use crate::name::Name;
 
 /// How long a tenant's cgroup outlives its last sandbox, so that a quiet tenant's next job finds it.
 const TENANT_LINGER: Duration = Duration::from_secs(2);
-
-/// How often and for how long a ceiling is tried again that the kernel refuses: on v1 a CPU quota below that of a cgroup
-/// which is removed already, but not yet let go of, some RCU grace periods later.
-const CEILING_AGAIN: Duration = Duration::from_millis(5);
-const CEILING_WITHIN: Duration = Duration::from_secs(2);
 
 /// How long a killed cgroup may take to become empty before a sweep gives up on it.
 const SWEEP_PATIENCE: Duration = Duration::from_secs(2);
@@ -41,9 +38,10 @@ impl Level {
         self.0.iter().enumerate()
     }
 
-    fn make_below(&self, name: &str) -> nix::Result<Self> {
-        let mut made = Vec::with_capacity(self.0.len());
-        for parent in &self.0 {
+    /// Makes `name` below the first `count` of them.
+    fn make_below(&self, name: &str, count: usize) -> nix::Result<Self> {
+        let mut made = Vec::with_capacity(count);
+        for parent in &self.0[..count] {
             match parent.make(name) {
                 Ok(dir) => made.push(dir),
                 Err(errno) => {
@@ -58,9 +56,10 @@ impl Level {
         Ok(Self(made))
     }
 
-    pub(super) fn remove_below(&self, name: &str) -> nix::Result<()> {
+    /// Removes `name` below the first `count` of them.
+    pub(super) fn remove_below(&self, name: &str, count: usize) -> nix::Result<()> {
         // every hierarchy is tried; the first refusal is reported
-        self.0.iter().map(|parent| parent.remove(name)).fold(Ok(()), Result::and)
+        self.0[..count].iter().map(|parent| parent.remove(name)).fold(Ok(()), Result::and)
     }
 }
 
@@ -72,56 +71,28 @@ pub(crate) struct Tree {
     base: Level,
     name: String,
     root: Rc<Level>,
+    ground: Rc<Ground>,
     tenants: HashMap<Name, Tenant>,
+    /// The ceilings that have been changed, and confirmed, since this process began. What a launch brings along may be
+    /// older.
+    changed: HashMap<Name, Ceiling>,
 }
 
-#[derive(Debug)]
-struct Tenant {
-    level: Rc<Level>,
-    /// As it was written.
-    ceiling: Ceiling,
-    /// As it should be, and until when it is tried to make it so.
-    wanted: Ceiling,
-    wanted_until: Instant,
-    sandboxes: usize,
-    idle_since: Instant,
-}
-
-impl Tenant {
-    fn new(level: Level) -> Self {
-        let (now, ceiling) = (Instant::now(), Ceiling::default());
-        Self { level: Rc::new(level), ceiling, wanted: ceiling, wanted_until: now, sandboxes: 0, idle_since: now }
-    }
-
-    /// Writes what of the ceiling has changed. What has been written before an error stands.
-    fn apply_ceiling(&mut self, plan: &Plan) -> nix::Result<()> {
-        let (new, now) = (self.wanted, &mut self.ceiling);
-        let control = |role| plan.control(&self.level, role);
-        if now.memory_bytes != new.memory_bytes {
-            control(Role::Memory).limit_memory(new.memory_bytes.unwrap_or(NO_CEILING_BYTES))?;
-            now.memory_bytes = new.memory_bytes;
-        }
-        if now.cpu_weight != new.cpu_weight {
-            control(Role::Cpu).weigh_cpu(new.cpu_weight.unwrap_or(DEFAULT_WEIGHT))?;
-            now.cpu_weight = new.cpu_weight;
-        }
-        if now.pids != new.pids {
-            control(Role::Pids).limit_pids(new.pids.unwrap_or(NO_CEILING_PIDS))?;
-            now.pids = new.pids;
-        }
-        // the one that may have to be tried again
-        if now.cpu_millicores != new.cpu_millicores {
-            control(Role::Cpu).limit_cpu_of_all(new.cpu_millicores.unwrap_or(NO_CEILING_MILLICORES))?;
-            now.cpu_millicores = new.cpu_millicores;
-        }
-        Ok(())
-    }
+/// What has become of ceilings that could not be had at once.
+#[derive(Debug, Default)]
+pub(crate) struct Settled {
+    /// Those that hold now, or that the kernel will not have: the number of the request, and the tenant.
+    pub(crate) answers: Vec<(u64, Name, Result<(), CeilingError>)>,
+    /// Tenants that use more memory than they are to have.
+    pub(crate) short_of_memory: Vec<Name>,
+    /// When to look again.
+    pub(crate) next: Option<Instant>,
 }
 
 impl Tree {
     /// Makes the instance's directories, after removing what an earlier run of this instance left there, its
     /// processes included.
-    pub(crate) fn make(plan: Plan, instance: &str) -> Result<Self, CgroupError> {
+    pub(crate) fn make(mut plan: Plan, instance: &str) -> Result<Self, CgroupError> {
         let name = format!("holm-{instance}");
         let failed = |what, hierarchy: &Hierarchy, errno: Errno| CgroupError::Directory {
             what,
@@ -135,7 +106,8 @@ impl Tree {
         let base = Level(base);
         sweep(&base, &name);
         let first = &plan.hierarchies[0];
-        let root = base.make_below(&name).map_err(|e| failed("make a directory in", first, e))?;
+        let count = plan.hierarchies.len();
+        let root = base.make_below(&name, count).map_err(|e| failed("make a directory in", first, e))?;
         let delegation = plan.v2_delegation();
         if let (Some(v2), false) = (plan.v2, delegation.is_empty()) {
             let hierarchy = &plan.hierarchies[v2];
@@ -146,7 +118,10 @@ impl Tree {
                 })
                 .inspect_err(|_| sweep(&base, &name))?;
         }
-        Ok(Self { plan: Rc::new(plan), base, name, root: Rc::new(root), tenants: HashMap::new() })
+        offer_extras(&mut plan, &base, &root);
+        let (plan, root) = (Rc::new(plan), Rc::new(root));
+        let ground = Rc::new(Ground { plan: plan.clone(), root: root.clone(), machine: Machine::look() });
+        Ok(Self { plan, base, name, root, ground, tenants: HashMap::new(), changed: HashMap::new() })
     }
 
     /// A second set of descriptors on the same directories, for a process that outlives this one.
@@ -154,50 +129,110 @@ impl Tree {
         Remains { base: &self.base, name: &self.name }
     }
 
-    /// The tenant's cgroup, made if it is not there, under the given ceiling.
-    pub(crate) fn tenant(&mut self, name: &Name, ceiling: Ceiling) -> nix::Result<()> {
-        if !self.tenants.contains_key(name) {
-            let level = self.root.make_below(name.as_str())?;
-            if let Some(v2) = self.plan.v2 {
-                v2::delegate(&level.0[v2], &self.plan.v2_delegation())?;
+    /// The tenant's cgroup, made if it is not there. It is under the given ceiling, unless that has been changed by
+    /// [`Tree::set_ceiling`]. Gives the ceiling that holds.
+    pub(crate) fn tenant(&mut self, name: &Name, ceiling: &Ceiling) -> Result<Ceiling, CeilingError> {
+        let ceiling = self.changed.get(name).unwrap_or(ceiling).clone();
+        let (ground, is_new) = (self.ground.clone(), !self.tenants.contains_key(name));
+        let tenant = self.make_tenant(name)?;
+        if tenant.is_pending() {
+            // its jobs, those to come included, have no more than either value each
+            return Ok(tenant.wanted().clone());
+        }
+        match tenant.change(&ground, &ceiling, None) {
+            Ok(_) => Ok(ceiling),
+            Err(error) => {
+                if is_new {
+                    self.tenants.remove(name);
+                    // what cannot be removed now is swept at the end
+                    let _ = self.root.remove_below(name.as_str(), self.plan.hierarchies.len());
+                }
+                Err(error)
             }
-            self.tenants.insert(name.clone(), Tenant::new(level));
         }
-        let Some(tenant) = self.tenants.get_mut(name) else {
-            return Err(Errno::ENOENT);
+    }
+
+    fn make_tenant(&mut self, name: &Name) -> Result<&mut Tenant, CeilingError> {
+        if !self.tenants.contains_key(name) {
+            let refused = |errno: Errno| CeilingError::Refused { field: "limits".into(), errno: errno as i32 };
+            let count = self.plan.hierarchies.len();
+            let level = self.root.make_below(name.as_str(), count).map_err(refused)?;
+            let made = match self.plan.v2 {
+                Some(v2) => v2::delegate(&level.0[v2], &self.plan.v2_delegation()).map_err(refused),
+                None => Ok(()),
+            };
+            match made.and_then(|()| Tenant::new(&self.plan, &self.root, level)) {
+                Ok(tenant) => drop(self.tenants.insert(name.clone(), tenant)),
+                Err(error) => {
+                    let _ = self.root.remove_below(name.as_str(), count);
+                    return Err(error);
+                }
+            }
+        }
+        self.tenants.get_mut(name).ok_or(CeilingError::Refused { field: "limits".into(), errno: Errno::ENOENT as i32 })
+    }
+
+    /// Puts a tenant under another ceiling, now and for all of its sandboxes to come, or leaves it as it was. True once
+    /// it holds; else [`Tree::settle`] tells what becomes of the request.
+    pub(crate) fn set_ceiling(&mut self, name: &Name, ceiling: &Ceiling, request: u64) -> Result<bool, CeilingError> {
+        let nothing_set = *ceiling == Ceiling::default() && !self.tenants.contains_key(name);
+        let holds = nothing_set || {
+            let ground = self.ground.clone();
+            let tenant = self.make_tenant(name)?;
+            if tenant.is_pending() {
+                return Err(CeilingError::Refused { field: "limits".into(), errno: Errno::EBUSY as i32 });
+            }
+            tenant.change(&ground, ceiling, Some(request))?
         };
-        if tenant.wanted != ceiling {
-            tenant.wanted = ceiling;
-            tenant.wanted_until = Instant::now() + CEILING_WITHIN;
+        if holds {
+            self.changed.insert(name.clone(), ceiling.clone());
         }
-        match tenant.apply_ceiling(&self.plan) {
-            // soon; until then its jobs, those to come included, have no more than that each
-            Err(Errno::EINVAL) => Ok(()),
-            other => other,
-        }
+        Ok(holds)
     }
 
-    /// Tries ceilings again that the kernel has refused. Returns when to look again.
-    pub(crate) fn apply_ceilings(&mut self, now: Instant) -> Option<Instant> {
-        let mut refused = false;
-        for tenant in self.tenants.values_mut().filter(|tenant| now < tenant.wanted_until) {
-            refused |= tenant.apply_ceiling(&self.plan).is_err();
-        }
-        refused.then_some(now + CEILING_AGAIN)
+    /// Forgets the ceiling of a tenant that is deleted.
+    pub(crate) fn forget(&mut self, name: &Name) {
+        self.changed.remove(name);
     }
 
-    /// Changes the ceiling of a tenant that has a cgroup; one that has none gets its ceiling with its next sandbox.
-    /// A value that the kernel refuses is tried again then, and refuses that sandbox.
-    pub(crate) fn set_ceiling(&mut self, name: &Name, ceiling: Ceiling) {
-        if self.tenants.contains_key(name) {
-            let _ = self.tenant(name, ceiling);
+    /// Tries ceilings again that could not be had at once.
+    pub(crate) fn settle(&mut self, now: Instant) -> Settled {
+        let mut settled = Settled::default();
+        for (name, tenant) in self.tenants.iter_mut().filter(|(_, tenant)| tenant.is_pending()) {
+            match tenant.try_again(&self.ground, now) {
+                Attempt::NotYet { at, memory } => {
+                    settled.next = settled.next.into_iter().chain([at]).min();
+                    if memory {
+                        settled.short_of_memory.push(name.clone());
+                    }
+                }
+                Attempt::Over { request, result } => {
+                    if let Some(request) = request {
+                        if result.is_ok() {
+                            self.changed.insert(name.clone(), tenant.wanted().clone());
+                        }
+                        settled.answers.push((request, name.clone(), result));
+                    }
+                }
+            }
         }
+        settled
+    }
+
+    /// The CPU ceiling, in thousandths of a core, of a tenant that has a cgroup.
+    pub(crate) fn cpu_ceiling(&self, name: &Name) -> Option<Option<u32>> {
+        self.tenants.get(name).map(|tenant| tenant.wanted().cpu_millicores)
+    }
+
+    /// The nodes in `/dev` that a ceiling adds to the standard ones.
+    pub(crate) fn nodes(&self, ceiling: &Ceiling) -> Vec<Node> {
+        ceiling.devices.iter().filter_map(|rule| self.ground.machine.node(*rule)).collect()
     }
 
     /// A leaf for one sandbox under its tenant, which must have been made by [`Tree::tenant`]. No limits yet.
     pub(crate) fn leaf(&mut self, tenant: &Name, name: &str) -> nix::Result<Leaf> {
         let entry = self.tenants.get_mut(tenant).ok_or(Errno::ENOENT)?;
-        let level = entry.level.make_below(name)?;
+        let level = entry.level.make_below(name, self.plan.with_leaves)?;
         entry.sandboxes += 1;
         let path = format!("/{}/{tenant}/{name}", self.name);
         Ok(Leaf::new(self.plan.clone(), entry.level.clone(), tenant.clone(), path, level))
@@ -218,14 +253,14 @@ impl Tree {
 
     /// Removes the cgroups of tenants that have been idle for a while. Returns when to look again.
     pub(crate) fn remove_idle_tenants(&mut self, now: Instant) -> Option<Instant> {
-        let root = &self.root;
+        let (root, count) = (&self.root, self.plan.hierarchies.len());
         self.tenants.retain(|name, tenant| {
-            let due = tenant.sandboxes == 0 && now >= tenant.idle_since + TENANT_LINGER;
+            let due = tenant.sandboxes == 0 && !tenant.is_pending() && now >= tenant.idle_since + TENANT_LINGER;
             if !due {
                 return true;
             }
             // dropping our descriptors first is not needed: they do not keep a cgroup busy
-            match root.remove_below(name.as_str()) {
+            match root.remove_below(name.as_str(), count) {
                 Ok(()) => false,
                 Err(_) => {
                     tenant.idle_since = now;
@@ -233,7 +268,29 @@ impl Tree {
                 }
             }
         });
-        self.tenants.values().filter(|t| t.sandboxes == 0).map(|t| t.idle_since + TENANT_LINGER).min()
+        self.tenants
+            .values()
+            .filter(|t| t.sandboxes == 0 && !t.is_pending())
+            .map(|t| t.idle_since + TENANT_LINGER)
+            .min()
+    }
+}
+
+/// Prepares what the controllers for tenants alone need above the tenants. One that turns out not to work is given up,
+/// with the reason.
+fn offer_extras(plan: &mut Plan, base: &Level, root: &Level) {
+    let mut broken = Vec::new();
+    for (extra, controller) in plan.v2_extras() {
+        let Some(v2) = plan.v2 else { continue };
+        let delegated = [base, root].into_iter().try_for_each(|level| v2::delegate(level.dir(v2), &[controller]));
+        broken.extend(delegated.err().map(|errno| (extra, errno)));
+    }
+    if let Ok(Served { index, v2: false }) = plan.served(Extra::Cpuset) {
+        let inherited = settings::inherit_cpus(base.dir(index), root.dir(index));
+        broken.extend(inherited.err().map(|errno| (Extra::Cpuset, errno)));
+    }
+    for (extra, errno) in broken {
+        plan.give_up(extra, errno);
     }
 }
 
@@ -284,10 +341,3 @@ fn sweep_once(parent: &Dir, name: &str) -> bool {
     }
     parent.remove(name).is_ok()
 }
-
-// What a ceiling becomes when it is taken away again: beyond what any machine has, but written out, because "max" and
-// -1 are spelled differently by every controller.
-const NO_CEILING_BYTES: u64 = 1 << 50;
-const NO_CEILING_MILLICORES: u32 = 1_024_000;
-const NO_CEILING_PIDS: u32 = 1 << 22; // the kernel's PID_MAX_LIMIT
-const DEFAULT_WEIGHT: u32 = 100;

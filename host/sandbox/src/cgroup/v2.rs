@@ -12,6 +12,12 @@ pub(super) fn available(dir: &Dir) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
 
+/// The controllers that its children have.
+pub(super) fn enabled(dir: &Dir) -> Vec<String> {
+    let text = dir.read("cgroup.subtree_control").unwrap_or_default();
+    text.split_whitespace().map(str::to_owned).collect()
+}
+
 /// Gives `controllers` to the children of this cgroup. `EBUSY` or `EOPNOTSUPP` while it has processes of its own and is
 /// not the root of all.
 ///

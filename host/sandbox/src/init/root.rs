@@ -14,8 +14,9 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, openat};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::{Mode, SFlag, fchmodat, fstat, makedev, mkdirat, mknodat};
-use nix::unistd::{chdir, fchdir, pivot_root, symlinkat};
+use nix::unistd::{Gid, Uid, chdir, fchdir, getgid, getuid, pivot_root, setfsgid, setfsuid, symlinkat};
 
+use crate::cgroup::Node;
 use crate::error::{AtStep, LaunchError, Step};
 use crate::spec::{JOB_ID, Kind, SandboxSpec};
 use crate::sys::mount::{MountAttr, attach, clone_mount, new_mount, restrict};
@@ -31,8 +32,14 @@ const ROOT_OVERHEAD_BYTES: u64 = 64 * 1024;
 const ROOT_INODES: &CStr = c"32";
 
 /// The devices of `/dev`: name, major, minor. The six that every container runtime has.
-pub(crate) const DEVICES: [(&str, u64, u64); 6] =
+pub(crate) const DEVICES: [(&str, u32, u32); 6] =
     [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
+
+/// What `/dev` holds by itself, and what each listed device adds with two directories above it.
+const DEV_BYTES: u64 = 4096;
+const DEV_INODES: u64 = 16;
+const DEV_NODE_BYTES: u64 = 4096;
+const DEV_NODE_INODES: u64 = 3;
 
 /// Symbolic links of `/dev`, by convention; `shm` makes POSIX shared memory part of the sized `/tmp`.
 const DEV_LINKS: [(&str, &str); 5] = [
@@ -69,7 +76,7 @@ const DEV: Mount = Mount {
     at: c"/dev",
     fs: c"tmpfs",
     attr: MountAttr::NOSUID.and(MountAttr::NOEXEC).and(MountAttr::RDONLY),
-    why: "the devices below; each job has nodes of its own",
+    why: "the devices below, and those that the tenant's `devices` list; each job has nodes of its own",
 };
 const PROC: Mount = Mount {
     at: c"/proc",
@@ -105,32 +112,69 @@ impl Mount {
     }
 }
 
-/// Of the file system at `/dev`.
-const DEV_OPTIONS: [(&CStr, &CStr); 3] = [(c"size", c"4k"), (c"nr_inodes", c"16"), (c"mode", c"0755")];
-
 /// Of each device that is the host's own.
 const BOUND_DEVICE: MountAttr = MountAttr::NOSUID.and(MountAttr::NOEXEC);
 
-/// Makes `/dev`, not attached anywhere. For the launcher: device nodes can only be made with the host's privilege.
+/// Makes `/dev` with the standard devices and `nodes`, which belong to the host's id `owner`; not attached anywhere. For
+/// the launcher: device nodes can only be made with the host's privilege.
 ///
 /// Each sandbox has its own, so that the nodes' inodes (locks, timestamps) are no channel between jobs.
-pub(crate) fn make_dev() -> nix::Result<OwnedFd> {
-    let dev = new_mount(DEV.fs, &DEV_OPTIONS, DEV.open())?;
+pub(crate) fn make_dev(nodes: &[Node], owner: u32) -> nix::Result<OwnedFd> {
+    let dev = new_dev(nodes.len() as u64)?;
     for (name, major, minor) in DEVICES {
-        mknodat(&dev, name, SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(major, minor))?;
-        fchmodat(&dev, name, Mode::from_bits_truncate(0o666), nix::sys::stat::FchmodatFlags::FollowSymlink)?;
+        make_node(&dev, name, SFlag::S_IFCHR, 0o666, makedev(major.into(), minor.into()))?;
     }
     for (name, target) in DEV_LINKS {
         symlinkat(target, &dev, name)?;
+    }
+    for node in nodes {
+        make_listed(&dev, node, owner)?;
     }
     DEV.seal(dev.as_fd())?;
     Ok(dev)
 }
 
+/// An empty `/dev` with room for so many nodes beside the standard ones.
+fn new_dev(nodes: u64) -> nix::Result<OwnedFd> {
+    let (size, inodes) = (decimal(DEV_BYTES + DEV_NODE_BYTES * nodes)?, decimal(DEV_INODES + DEV_NODE_INODES * nodes)?);
+    new_mount(DEV.fs, &[(c"size", &size), (c"nr_inodes", &inodes), (c"mode", c"0755")], DEV.open())
+}
+
+/// Makes the node of a device that the tenant's `devices` list, with the directories above it.
+fn make_listed(dev: &OwnedFd, node: &Node, owner: u32) -> nix::Result<()> {
+    let rule = &node.rule;
+    for (end, _) in node.path.match_indices('/') {
+        match mkdirat(dev, &node.path[..end], Mode::from_bits_truncate(0o755)) {
+            Ok(()) | Err(Errno::EEXIST) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    let kind = if rule.block { SFlag::S_IFBLK } else { SFlag::S_IFCHR };
+    let mode = if rule.read { 0o400 } else { 0 } | if rule.write { 0o200 } else { 0 };
+    let device = makedev(rule.device.major.into(), rule.device.minor.into());
+    // made by its owner, as it were: to give a file away takes a capability that the launcher does not keep
+    setfsuid(Uid::from_raw(owner));
+    setfsgid(Gid::from_raw(owner));
+    let made = make_node(dev, &node.path, kind, mode, device);
+    setfsuid(getuid());
+    setfsgid(getgid());
+    match made {
+        // one of the standard six, which is there already, and more open than this
+        Err(Errno::EEXIST) => Ok(()),
+        other => other,
+    }
+}
+
+/// Makes a node with exactly this mode, whatever the umask.
+fn make_node(dev: &OwnedFd, path: &str, kind: SFlag, mode: libc::mode_t, device: u64) -> nix::Result<()> {
+    mknodat(dev, path, kind, Mode::from_bits_truncate(mode), device)?;
+    fchmodat(dev, path, Mode::from_bits_truncate(mode), nix::sys::stat::FchmodatFlags::FollowSymlink)
+}
+
 /// Makes `/dev` in `root` where device nodes cannot be made, in a user namespace of an ordinary user: the host's own,
 /// mounted on files. The launcher's root has them, see [`bind_devices`].
 fn bind_dev(root: &OwnedFd) -> nix::Result<()> {
-    let dev = new_mount(DEV.fs, &DEV_OPTIONS, DEV.open())?;
+    let dev = new_dev(0)?;
     for (name, target) in DEV_LINKS {
         symlinkat(target, &dev, name)?;
     }
@@ -164,12 +208,12 @@ pub(crate) fn attach_devices(home: &OwnedFd, devices: &[OwnedFd]) -> nix::Result
 }
 
 /// A mount of the device `name` in the directory `dir`, not attached anywhere. `ENODEV` if it is another one.
-fn clone_device(dir: &CStr, name: &str, major: u64, minor: u64) -> nix::Result<OwnedFd> {
+fn clone_device(dir: &CStr, name: &str, major: u32, minor: u32) -> nix::Result<OwnedFd> {
     let path = CString::new([dir.to_bytes(), b"/", name.as_bytes()].concat()).map_err(|_| Errno::EINVAL)?;
     let node = clone_mount(AT_FDCWD, &path)?;
     let stat = fstat(&node)?;
     let character = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFCHR;
-    if character && stat.st_rdev == makedev(major, minor) { Ok(node) } else { Err(Errno::ENODEV) }
+    if character && stat.st_rdev == makedev(major.into(), minor.into()) { Ok(node) } else { Err(Errno::ENODEV) }
 }
 
 /// Builds the root of `spec`, pivots into it and lets the old one go. `program` is the ELF of a native job, `dev` its

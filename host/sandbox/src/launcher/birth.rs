@@ -17,7 +17,7 @@ use crate::error::{AtStep, LaunchError, Step};
 use crate::gate::{self, ToSandbox};
 use crate::init::seccomp::Filters;
 use crate::init::{self, Birth, root};
-use crate::spec::{IDS_PER_JOB, Kind, SandboxId, SandboxSpec};
+use crate::spec::{IDS_PER_JOB, JOB_ID, Kind, SandboxId, SandboxSpec};
 use crate::sys::process::{Cloned, SingleThreaded, clone3};
 use crate::uids::JobIds;
 use crate::wire::Packets;
@@ -33,7 +33,12 @@ const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER
 impl Launcher<'_> {
     /// Makes a sandbox and lets it begin to confine itself. An error means that nothing was cloned and nothing is
     /// left; whatever goes wrong later is told when the process is dead.
-    pub(super) fn launch(&mut self, id: SandboxId, spec: SandboxSpec, fds: Vec<OwnedFd>) -> Result<(), LaunchError> {
+    pub(super) fn launch(
+        &mut self,
+        id: SandboxId,
+        mut spec: SandboxSpec,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(), LaunchError> {
         if spec.check().is_err() || id.0 > MAX_ID || self.live.contains_key(&id) {
             return Err(Errno::EINVAL).at(Step::CheckSpec);
         }
@@ -41,8 +46,10 @@ impl Launcher<'_> {
             return Err(Errno::EINVAL).at(Step::CheckSpec);
         };
         let ids = self.uids.take(&spec.tenant).at(Step::ClaimUids)?;
-        self.tree
-            .tenant(&spec.tenant, spec.ceiling)
+        spec.ceiling = self
+            .tree
+            .tenant(&spec.tenant, &spec.ceiling)
+            .map_err(|error| error.errno())
             .at(Step::TenantCgroup)
             .inspect_err(|_| self.uids.give_back(&ids))?;
         let leaf = match self.tree.leaf(&spec.tenant, &format!("sandbox-{}", id.0)).at(Step::CreateCgroup) {
@@ -81,7 +88,12 @@ impl Launcher<'_> {
         let oom = leaf.die_whole().at(Step::WatchOom)?;
         // elsewhere the child mounts the host's own
         let makes_dev = spec.kind == Kind::Native && self.place.on_host;
-        let dev = if makes_dev { Some(root::make_dev().at(Step::MakeDev)?) } else { None };
+        let dev = if makes_dev {
+            let (nodes, owner) = (self.tree.nodes(&spec.ceiling), ids.first + JOB_ID);
+            Some(root::make_dev(&nodes, owner).at(Step::MakeDev)?)
+        } else {
+            None
+        };
         let (gate, sandbox_gate) = gate::pair().at(Step::MakeGate)?;
         let null = self.null.try_clone().at(Step::MakeGate)?;
         let filters = self.filters.entry(spec.kind).or_insert_with(|| Rc::new(Filters::compile(spec.kind))).clone();

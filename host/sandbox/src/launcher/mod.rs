@@ -5,6 +5,7 @@
 //! none of its namespaces. When the server goes, it kills every sandbox, removes its cgroups and ends.
 
 mod birth;
+mod ceilings;
 mod live;
 mod outbox;
 mod start;
@@ -127,7 +128,7 @@ impl Launcher<'_> {
         let alarm = self.alarms.first().map(|(at, _)| *at);
         let leaving = (!self.leaving.is_empty()).then(|| now + REMOVE_AGAIN);
         let idle = self.tree.remove_idle_tenants(now);
-        let ceilings = self.tree.apply_ceilings(now);
+        let ceilings = self.settle_ceilings(now);
         let next = [alarm, leaving, idle, ceilings].into_iter().flatten().min();
         let timeout = next.map_or(EpollTimeout::NONE, |at| {
             // rounded up: a timer that rings early would ring again and again until it is due
@@ -158,11 +159,8 @@ impl Launcher<'_> {
                     }
                 }
                 ToLauncher::Kill(id) => self.kill(id, KillCause::Requested),
-                ToLauncher::SetCeiling { tenant, ceiling } => {
-                    if ceiling.check().is_ok() {
-                        self.tree.set_ceiling(&tenant, ceiling);
-                    }
-                }
+                ToLauncher::SetCeiling { request, tenant, ceiling } => self.change_ceiling(request, &tenant, &ceiling),
+                ToLauncher::ForgetCeiling(tenant) => self.tree.forget(&tenant),
                 ToLauncher::Configure(_) => return false,
             }
         }

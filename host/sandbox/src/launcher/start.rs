@@ -33,7 +33,7 @@ use crate::wire::Packets;
 use crate::workload::Workload;
 
 /// What the launcher keeps of the host's capabilities, each for the step named. The rest is dropped for good.
-const KEPT: [caps::Capability; 10] = {
+const KEPT: [caps::Capability; 11] = {
     use caps::Capability::*;
     [
         CAP_SYS_ADMIN,       // clone and map namespaces, make /dev's file system, delegate cgroups
@@ -45,6 +45,7 @@ const KEPT: [caps::Capability; 10] = {
         CAP_FOWNER,          // set their modes
         CAP_DAC_OVERRIDE,    // write control files of the instance's cgroups, whoever they were delegated to
         CAP_DAC_READ_SEARCH, // open cgroups below directories of others
+        CAP_SYS_NICE,        // attach processes with other capabilities to a cpuset
         CAP_SYS_RESOURCE,    // limits above the server's own, where the machine grants it
     ]
 };

@@ -47,7 +47,8 @@ pub(super) fn read_back(place: &Place, live: &Live, pid: Pid) -> Result<Isolatio
     let mounts = read(pid, "mountinfo").at(Step::VerifyMounts)?;
     require(root::is_whole(live.spec.kind, !place.on_host, &mounts), Step::VerifyMounts)?;
 
-    let cgroups = membership(&read(pid, "cgroup").at(Step::VerifyCgroup)?);
+    let mut cgroups = membership(&read(pid, "cgroup").at(Step::VerifyCgroup)?);
+    cgroups.retain(|name, _| live.leaf.is_governed_by(name));
     require(live.leaf.holds(&cgroups), Step::VerifyCgroup)?;
 
     Ok(Isolation {

@@ -7,8 +7,10 @@ use std::process::Child;
 use std::time::{Duration, Instant};
 
 use holm_sandbox::LaunchError;
+use holm_sandbox::ceiling::CeilingError;
 use holm_sandbox::launcher::spawn;
 use holm_sandbox::limits::{Ceiling, Limits};
+use holm_sandbox::name::Name;
 use holm_sandbox::protocol::{FromLauncher, LauncherConfig, ToLauncher, VERSION};
 use holm_sandbox::spec::{Kind, SandboxId, SandboxSpec};
 use holm_sandbox::usage::{Isolation, SandboxReport};
@@ -176,6 +178,17 @@ impl Client {
 
     pub(crate) fn send(&self, message: &ToLauncher) {
         self.socket().send(message, NO_FDS).unwrap();
+    }
+
+    /// Changes a tenant's ceiling, and gives the answer.
+    pub(crate) fn set_ceiling(&mut self, tenant: Name, ceiling: Ceiling) -> Result<(), CeilingError> {
+        self.next += 1;
+        let asked = self.next;
+        self.send(&ToLauncher::SetCeiling { request: asked, tenant, ceiling });
+        match self.recv() {
+            FromLauncher::CeilingSet { request, result } if request == asked => result,
+            other => panic!("{other:?}"),
+        }
     }
 
     pub(crate) fn recv(&self) -> FromLauncher {

@@ -92,11 +92,18 @@ impl Call {
         const PAGE: usize = 4096;
         let mut buffer = [0; 256];
         let base = usize::try_from(self.args[arg]).unwrap();
-        // up to the end of a page: the next one may not be there
-        let len = buffer.len().min(PAGE - base % PAGE);
-        let remote = [RemoteIoVec { base, len }];
-        let read = process_vm_readv(self.pid, &mut [IoSliceMut::new(&mut buffer[..len])], &remote).unwrap_or(0);
-        let end = buffer[..read].iter().position(|byte| *byte == 0).unwrap_or(read);
+        // in two parts, if it may lie in two pages: the next one may not be there
+        let first = buffer.len().min(PAGE - base % PAGE);
+        let (here, there) = buffer.split_at_mut(first);
+        let read = |part: &mut [u8], base| {
+            let remote = [RemoteIoVec { base, len: part.len() }];
+            process_vm_readv(self.pid, &mut [IoSliceMut::new(part)], &remote).unwrap_or(0)
+        };
+        let mut read_bytes = read(here, base);
+        if read_bytes == first && !there.is_empty() {
+            read_bytes += read(there, base + first);
+        }
+        let end = buffer[..read_bytes].iter().position(|byte| *byte == 0).unwrap_or(read_bytes);
         String::from_utf8_lossy(&buffer[..end]).into_owned()
     }
 

@@ -102,7 +102,9 @@ fn unknown_ids() {
     let mut client = Client::start();
     let (parked, isolation) = client.park(spec(Kind::Native));
     let tenant = "nobody".parse().unwrap();
-    client.send(&ToLauncher::SetCeiling { tenant, ceiling: Ceiling { pids: Some(1), ..Ceiling::default() } });
+    let ceiling = Ceiling { pids: Some(1), ..Ceiling::default() };
+    assert!(client.set_ceiling(tenant, ceiling).is_err(), "out of its range");
+    client.send(&ToLauncher::ForgetCeiling("nobody".parse().unwrap()));
     for id in [0, 99, u64::MAX >> 2, u64::MAX] {
         client.send(&ToLauncher::Kill(SandboxId(id)));
     }
@@ -201,32 +203,38 @@ fn limits_in_range() {
 }
 
 fn ceilings() {
-    let none = Ceiling::default();
-    let refused = Some(LaunchError { step: Step::CheckSpec, errno: EINVAL as i32 });
-    let cases = [
-        (Ceiling { memory_bytes: Some(u64::MAX), ..none }, refused),
-        (Ceiling { memory_bytes: Some(0), ..none }, refused),
-        (Ceiling { memory_bytes: Some(*Ceiling::MEMORY_BYTES.end()), ..none }, None),
-        (Ceiling { cpu_millicores: Some(0), ..none }, refused),
-        (Ceiling { cpu_millicores: Some(u32::MAX), ..none }, refused),
-        (Ceiling { cpu_weight: Some(0), ..none }, refused),
-        (Ceiling { cpu_weight: Some(u32::MAX), ..none }, refused),
-        (Ceiling { cpu_weight: Some(*Limits::CPU_WEIGHT.end()), ..none }, None),
-        (Ceiling { pids: Some(0), ..none }, refused),
-        (Ceiling { pids: Some(u32::MAX), ..none }, refused),
-        (none, None),
+    type Set = fn(&mut Ceiling);
+    let refused: [Set; 8] = [
+        |ceiling| ceiling.memory_bytes = Some(u64::MAX),
+        |ceiling| ceiling.memory_bytes = Some(0),
+        |ceiling| ceiling.cpu_millicores = Some(0),
+        |ceiling| ceiling.cpu_millicores = Some(u32::MAX),
+        |ceiling| ceiling.cpu_weight = Some(0),
+        |ceiling| ceiling.cpu_weight = Some(u32::MAX),
+        |ceiling| ceiling.pids = Some(0),
+        |ceiling| ceiling.pids = Some(u32::MAX),
     ];
+    let taken: [Set; 3] = [
+        |ceiling| ceiling.memory_bytes = Some(*Ceiling::MEMORY_BYTES.end()),
+        |ceiling| ceiling.cpu_weight = Some(*Limits::CPU_WEIGHT.end()),
+        |_| {},
+    ];
+    let made = |set: Set| {
+        let mut ceiling = Ceiling::default();
+        set(&mut ceiling);
+        ceiling
+    };
     let mut client = Client::start();
-    for (ceiling, error) in cases {
-        client.send(&ToLauncher::SetCeiling { tenant: "acme".parse().unwrap(), ceiling });
-        let spec = SandboxSpec { ceiling, ..spec(Kind::Native) };
-        match error {
-            Some(error) => {
-                let launched = client.launch(spec);
-                assert_eq!(client.refused(launched.id), error, "{ceiling:?}");
-            }
-            None => assert_eq!(client.run(spec, "mark").stdout, "ran\n", "{ceiling:?}"),
-        }
+    for ceiling in refused.map(made) {
+        assert!(client.set_ceiling("acme".parse().unwrap(), ceiling.clone()).is_err(), "{ceiling:?}");
+        let launched = client.launch(SandboxSpec { ceiling: ceiling.clone(), ..spec(Kind::Native) });
+        let error = LaunchError { step: Step::CheckSpec, errno: EINVAL as i32 };
+        assert_eq!(client.refused(launched.id), error, "{ceiling:?}");
+    }
+    for ceiling in taken.map(made) {
+        assert_eq!(client.set_ceiling("acme".parse().unwrap(), ceiling.clone()), Ok(()), "{ceiling:?}");
+        let spec = SandboxSpec { ceiling: ceiling.clone(), ..spec(Kind::Native) };
+        assert_eq!(client.run(spec, "mark").stdout, "ran\n", "{ceiling:?}");
     }
     client.end();
 }

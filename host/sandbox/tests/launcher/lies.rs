@@ -142,12 +142,15 @@ fn lies_about_limits() -> Vec<Case> {
 }
 
 fn lies_about_attaching() -> Vec<Case> {
-    let attach: [(&str, When); 5] = [
+    let attach: [(&str, When); 8] = [
         ("cpu", |call| attaches(call, "cpu")),
         ("cpuacct", |call| attaches(call, "cpuacct")),
         ("memory", |call| attaches(call, "memory")),
         ("pids", |call| attaches(call, "pids")),
         ("freezer", |call| attaches(call, "freezer")),
+        ("cpuset", |call| attaches(call, "cpuset")),
+        ("blkio", |call| attaches(call, "blkio")),
+        ("devices", |call| attaches(call, "devices")),
     ];
     let lie = |(controller, when)| {
         let name: &'static str = format!("an_attach_to_{controller}_that_lies").leak();

@@ -1,15 +1,19 @@
 //! Schemas that are made from tables: limits, quotas, problem codes.
 
-use utoipa::openapi::schema::{AdditionalProperties, Components, ObjectBuilder, Schema, SchemaType, Type};
+use holm_sandbox::ceiling::Ceiling;
+use utoipa::openapi::schema::{
+    AdditionalProperties, ArrayBuilder, Components, ObjectBuilder, Schema, SchemaType, Type,
+};
 use utoipa::openapi::{Ref, RefOr};
 
 use crate::limit::{Limit, Runtime};
 use crate::server::problem::Code;
-use crate::tenant::QuotaKey;
+use crate::tenant::{CeilingSettings, QuotaKey};
 
 /// Adds them to the document.
 pub(super) fn add_to(components: &mut Components) {
     components.schemas.insert("JobLimits".into(), job_limits());
+    components.schemas.insert("TenantLimits".into(), tenant_limits());
     components.schemas.insert("Quota".into(), quota());
     components.schemas.insert("ProblemCode".into(), codes());
     components.schemas.insert("Problem".into(), problem());
@@ -33,6 +37,59 @@ fn job_limits() -> RefOr<Schema> {
         object = object.property(limit.key(), property);
     }
     object.into()
+}
+
+fn tenant_limits() -> RefOr<Schema> {
+    let about = "The ceiling over all of a tenant's jobs together. What is not set leaves the tenant the server's own \
+                 share; no device but the standard six and no huge page is had that is not listed. What this machine \
+                 cannot enforce is refused.";
+    let mut object = ObjectBuilder::new()
+        .description(Some(about))
+        .additional_properties(Some(AdditionalProperties::FreeForm(false)));
+    for (name, minimum, maximum, about) in CeilingSettings::NUMBERS {
+        let kind = if *name == "cpu_cores" { Type::Number } else { Type::Integer };
+        let property = ObjectBuilder::new()
+            .schema_type(SchemaType::Type(kind))
+            .description(Some(*about))
+            .minimum(Some(*minimum))
+            .maximum(Some(*maximum));
+        object = object.property(*name, property);
+    }
+    for (name, about) in CeilingSettings::OTHERS {
+        let property: RefOr<Schema> = match *name {
+            "cpuset" => {
+                ObjectBuilder::new().schema_type(SchemaType::Type(Type::String)).description(Some(*about)).into()
+            }
+            "hugetlb" => ObjectBuilder::new()
+                .additional_properties(Some(ObjectBuilder::new().schema_type(SchemaType::Type(Type::Integer))))
+                .description(Some(*about))
+                .into(),
+            name => list_of_devices(name == "io", about),
+        };
+        object = object.property(*name, property);
+    }
+    object.into()
+}
+
+fn list_of_devices(with_rates: bool, about: &str) -> RefOr<Schema> {
+    let text = || ObjectBuilder::new().schema_type(SchemaType::Type(Type::String));
+    let rate = || ObjectBuilder::new().schema_type(SchemaType::Type(Type::Integer)).minimum(Some(1.0));
+    let mut entry = ObjectBuilder::new()
+        .property("device", text().pattern(Some("^[0-9]+:[0-9]+$")))
+        .required("device")
+        .additional_properties(Some(AdditionalProperties::FreeForm(false)));
+    if with_rates {
+        for name in ["read_bps", "write_bps", "read_iops", "write_iops"] {
+            entry = entry.property(name, rate());
+        }
+    } else {
+        entry = entry
+            .property("type", text().enum_values(Some(["block", "char"])))
+            .property("access", text().enum_values(Some(["r", "w", "rw"])))
+            .required("type")
+            .required("access");
+    }
+    ArrayBuilder::new().items(entry).max_items(Some(Ceiling::MOST_DEVICES)).description(Some(about)).into()
 }
 
 #[allow(clippy::cast_precision_loss)] // every bound is below 2^53

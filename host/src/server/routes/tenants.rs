@@ -76,8 +76,7 @@ pub(super) async fn put(
     let settings: TenantSettings = read_json(&headers, body, app.connections.reading).await?;
     settings.check(&TenantSettings::default(), &app.job_maximums)?;
     let row = TenantRow { name, settings, created_at: Timestamp::now() };
-    let change = app.store.put_tenant(row.clone(), precondition(conditions)).await?;
-    app.launcher.set_ceiling(row.name.clone(), row.settings.ceiling());
+    let change = store(&app, row.clone(), precondition(conditions)).await?;
     let status = if change == Change::Created { StatusCode::CREATED } else { StatusCode::OK };
     let stored = app.store.tenant(&row.name).ok_or(StoreError::NoTenant)?;
     Ok(answer(&app, status, &stored))
@@ -106,8 +105,7 @@ pub(super) async fn patch(
         let tag = row.map(row_etag);
         tag.as_ref() == Some(&seen) && conditions.hold(tag.as_deref())
     });
-    app.store.put_tenant(row.clone(), allowed).await?;
-    app.launcher.set_ceiling(row.name.clone(), row.settings.ceiling());
+    store(&app, row.clone(), allowed).await?;
     Ok(answer(&app, StatusCode::OK, &row))
 }
 
@@ -124,7 +122,38 @@ pub(super) async fn delete(
     let name = tenant.name().clone();
     app.store.delete_tenant(name.clone(), precondition(Conditions::of(&headers)?)).await?;
     app.jobs.forget(&name).await;
+    app.launcher.forget_ceiling(name);
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Makes the kernel hold a tenant to its settings, then stores them. What the kernel will not have is not stored; what
+/// is not stored, the kernel holds nobody to.
+///
+/// In a task of its own: a client that goes away leaves no half of it.
+async fn store(app: &App, row: TenantRow, allowed: Precondition<TenantRow>) -> Result<Change, Problem> {
+    let app = app.clone();
+    let work = tokio::spawn(async move {
+        let _one_at_a_time = app.tenant_changes.lock().await;
+        let name = row.name.clone();
+        // whoever asks for a state that is not there is told so without an effect on what runs
+        let now = app.store.tenant(&name);
+        if !allowed(now.as_deref()) {
+            return Err(StoreError::Changed.into());
+        }
+        let seen = now.as_deref().map(row_etag);
+        let before = now.map(|now| now.settings.ceiling()).unwrap_or_default();
+        let changes = before != row.settings.ceiling();
+        if changes {
+            app.launcher.set_ceiling(name.clone(), row.settings.ceiling()).await?;
+        }
+        let stored = app.store.put_tenant(row, Box::new(move |row| row.map(row_etag) == seen)).await;
+        if stored.is_err() && changes {
+            // it held a moment ago
+            app.launcher.set_ceiling(name, before).await?;
+        }
+        Ok(stored?)
+    });
+    work.await.unwrap_or_else(|error| Err(Problem::internal(&error)))
 }
 
 /// An existing tenant, for the operator.
