@@ -48,6 +48,12 @@ pub struct Config {
     pub body_timeout_ms: u64,
     /// How long running jobs may take to end when the server stops.
     pub drain_timeout_ms: u64,
+    /// Sandboxes of one plugin that are made ahead and wait for jobs, at most. 0 makes each for its job.
+    pub parked_per_plugin: usize,
+    /// Sandboxes of all plugins that wait for jobs, at most.
+    pub parked_sandboxes: usize,
+    /// How long sandboxes wait after their plugin's last job.
+    pub parked_idle_ms: u64,
     /// Memory of one compilation.
     pub compile_memory_bytes: u64,
     /// CPU time of one compilation.
@@ -84,6 +90,9 @@ impl Default for Config {
             body_grace_ms: 10_000,
             body_timeout_ms: 300_000,
             drain_timeout_ms: 10_000,
+            parked_per_plugin: 4,
+            parked_sandboxes: 64,
+            parked_idle_ms: 2000,
             compile_memory_bytes: 1 << 30,
             compile_cpu_time_ms: 60_000,
             compile_wall_time_ms: 60_000,
@@ -195,6 +204,7 @@ impl Config {
             ("body_bytes_per_second", self.body_bytes_per_second),
             ("body_timeout_ms", self.body_timeout_ms),
             ("drain_timeout_ms", self.drain_timeout_ms),
+            ("parked_idle_ms", self.parked_idle_ms),
             ("compile_artifact_bytes", self.compile_artifact_bytes),
         ];
         if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {

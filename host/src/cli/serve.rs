@@ -26,7 +26,7 @@ use crate::admission::{Admission, Capacity};
 use crate::config::Config;
 use crate::inside::LAUNCHER;
 use crate::job::Jobs;
-use crate::launcher::{Launcher, LauncherGone};
+use crate::launcher::{Launcher, LauncherGone, Parking, ParkingRules};
 use crate::limit::Given;
 use crate::server::{App, AppParts, ConnectionRules, PaceRule, serve};
 use crate::store::{DataDir, DataDirError, Store};
@@ -189,7 +189,12 @@ fn assemble(
     let store = Store::open(dir).context("open the store")?;
     let admission = Admission::new(capacity(config, pid_max.unwrap_or(LEAST_PID_MAX)));
     let compiler = Arc::new(Compiler::new(launcher.clone(), compile_limits(config), engine));
-    let jobs = Jobs::new(admission.clone(), launcher.clone(), compiler.clone(), store.clone());
+    let jobs = Jobs::new(
+        admission.clone(),
+        Parking::new(launcher.clone(), parking_rules(config)),
+        compiler.clone(),
+        store.clone(),
+    );
     Ok(App::new(AppParts {
         store,
         jobs,
@@ -212,6 +217,14 @@ fn capacity(config: &Config, pid_max: u64) -> Capacity {
         pids: pid_max.saturating_sub(PID_RESERVE),
         jobs_queued: config.jobs_queued,
         queue_timeout: Duration::from_millis(config.queue_timeout_ms),
+    }
+}
+
+fn parking_rules(config: &Config) -> ParkingRules {
+    ParkingRules {
+        per_plugin: config.parked_per_plugin,
+        in_all: config.parked_sandboxes,
+        idle: Duration::from_millis(config.parked_idle_ms),
     }
 }
 

@@ -23,12 +23,12 @@ use uuid::Uuid;
 
 pub use self::line::{Line, Meter, OverLimit};
 pub use self::outcome::{Outcome, Stop};
-pub use self::record::{IsolationRecord, JobRecord, State, UsageRecord};
+pub use self::record::{IsolationRecord, JobRecord, Start, State, UsageRecord};
 use self::registry::{Entry, Registry};
 pub use self::registry::{FINISHED_KEPT, Selection};
 pub use self::run::{OWN_ENV, USUAL_ENV};
 use crate::admission::{Admission, AdmissionError};
-use crate::launcher::{Content, Launcher};
+use crate::launcher::{Content, Parking};
 use crate::limit::{Limits, Runtime};
 use crate::plugin::Plugin;
 use crate::store::{Store, open_if_there};
@@ -121,7 +121,7 @@ pub struct Jobs(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     admission: Admission,
-    launcher: Launcher,
+    parking: Parking,
     compiler: Arc<Compiler>,
     store: Store,
     registry: Registry,
@@ -131,9 +131,9 @@ struct Inner {
 impl Jobs {
     /// With no job yet.
     #[must_use]
-    pub fn new(admission: Admission, launcher: Launcher, compiler: Arc<Compiler>, store: Store) -> Self {
+    pub fn new(admission: Admission, parking: Parking, compiler: Arc<Compiler>, store: Store) -> Self {
         let (registry, tasks) = (Registry::default(), TaskTracker::new());
-        Self(Arc::new(Inner { admission, launcher, compiler, store, registry, tasks }))
+        Self(Arc::new(Inner { admission, parking, compiler, store, registry, tasks }))
     }
 
     /// Starts a job in a task of its own: whoever submitted it may go away at any moment without leaving half a launch
@@ -198,6 +198,13 @@ impl Jobs {
         for entry in self.0.registry.live(tenant, plugin) {
             entry.stop(Stop::Cancelled);
         }
+        self.unpark(tenant, plugin);
+    }
+
+    /// Gives up the sandboxes that wait for jobs of a plugin, or of all of a tenant's, because what they were made of
+    /// has changed.
+    pub fn unpark(&self, tenant: &Name, plugin: Option<&Name>) {
+        self.0.parking.clear(tenant, plugin);
     }
 
     /// Ends a deleted tenant's jobs and forgets them.
@@ -209,12 +216,14 @@ impl Jobs {
         for entry in &live {
             entry.finished().await;
         }
+        self.unpark(tenant, None);
         self.0.registry.forget(tenant);
         self.0.admission.forget(tenant);
     }
 
     /// Waits until every job is over. New ones must be turned away before.
     pub async fn idle(&self) {
+        self.0.parking.close();
         self.0.tasks.close();
         self.0.tasks.wait().await;
     }
@@ -238,6 +247,7 @@ fn new_entry(request: &JobRequest) -> Entry {
         outcome: None,
         attempt: 1,
         created_at: Timestamp::now(),
+        start: None,
         started_at: None,
         finished_at: None,
         limits: request.limits.to_json(),

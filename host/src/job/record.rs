@@ -57,6 +57,9 @@ pub struct JobRecord {
     /// When the request came.
     #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,
+    /// Whether its sandbox was made for it, or was waiting for a job like it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start: Option<Start>,
     /// When the plugin's code started.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>, format = DateTime)]
@@ -72,6 +75,16 @@ pub struct JobRecord {
     /// The layers around it, read from the kernel.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub isolation: Option<IsolationRecord>,
+}
+
+/// How a job came to its sandbox, which it has to itself either way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Start {
+    /// It was made for the job.
+    Cold,
+    /// It was made a little earlier, and has waited.
+    Parked,
 }
 
 /// What a job used. A figure that the kernel does not offer is absent, never 0.

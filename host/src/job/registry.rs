@@ -207,6 +207,7 @@ mod tests {
             outcome: None,
             attempt: 1,
             created_at: Timestamp::UNIX_EPOCH,
+            start: None,
             started_at: None,
             finished_at: None,
             limits: Default::default(),

@@ -10,18 +10,18 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use holm_runtime::invocation::{Invocation, Report};
 use holm_sandbox::spec::{Kind, SandboxSpec};
-use holm_sandbox::usage::{KillCause, SandboxReport};
+use holm_sandbox::usage::{Isolation, KillCause, SandboxReport};
 use jiff::Timestamp;
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
 
 use super::line::{Line, Meter};
 use super::outcome::{Evidence, Outcome, Stop, fuel_used};
-use super::record::{IsolationRecord, JobRecord, State, UsageRecord};
+use super::record::{IsolationRecord, JobRecord, Start, State, UsageRecord};
 use super::registry::Entry;
 use super::{Artifact, Finished, Input, JobRequest, Jobs, Streams, Supply};
 use crate::admission::{AdmissionError, Permit};
-use crate::launcher::{Collected, Collector, Content, Sandbox, SandboxError, Stdio, StreamError};
+use crate::launcher::{Collected, Collector, Content, Recipe, Sandbox, SandboxError, Stdio, StreamError};
 use crate::limit::{Limit, Runtime};
 use crate::plugin::Plugin;
 use crate::store::ArtifactError;
@@ -136,45 +136,104 @@ async fn launch(
     let asked = Instant::now();
     let Supply { artifact, streams } = supply;
     let artifact = runnable(jobs, &request.tenant, &request.plugin, artifact).await?;
-    let mut sandbox = jobs.0.launcher.launch(spec(request), artifact)?;
+    let recipe = Recipe { spec: spec(request), revision: request.plugin.revision };
+    let invocation = invocation(entry, request);
+    let (manned, start) = match parked(jobs, &recipe, &artifact, &invocation).await? {
+        Some(manned) => (manned, Start::Parked),
+        None => match made(jobs, entry, recipe.spec, artifact, &invocation).await? {
+            Ok(manned) => (manned, Start::Cold),
+            Err(Unmanned::Cancelled) => return Ok(End::without_run(Outcome::Cancelled, *usage)),
+            Err(Unmanned::TooSmall(report)) => return Ok(too_small_to_begin(request, &report, usage)),
+        },
+    };
+    let Manned { isolation, .. } = &manned;
+    entry.update(|record| {
+        record.isolation = Some(IsolationRecord::from(isolation.clone()));
+        record.start = Some(start);
+    });
+    run_in(jobs, entry, request, streams, (manned, asked), usage).await
+}
+
+/// A sandbox that has been given its job.
+struct Manned {
+    sandbox: Sandbox,
+    /// What the kernel says of its layers.
+    isolation: Isolation,
+    stdin: pipe::Sender,
+    stdout: pipe::Receiver,
+    stderr: pipe::Receiver,
+}
+
+/// A sandbox that came to no job, by no fault of the host.
+enum Unmanned {
+    Cancelled,
+    /// The job's memory limit did not let it come so far.
+    TooSmall(SandboxReport),
+}
+
+/// Gives the job to a sandbox that has been waiting for one, if there is any.
+async fn parked(
+    jobs: &Jobs,
+    recipe: &Recipe,
+    artifact: &File,
+    invocation: &Invocation,
+) -> Result<Option<Manned>, Fault> {
+    while let Some((sandbox, isolation)) = jobs.0.parking.take(recipe, artifact) {
+        let Stdio { stdin, stdout, stderr, theirs } = Stdio::make().map_err(Fault::Pipe)?;
+        // else it has died this moment, and nothing of the job has begun
+        if sandbox.give(invocation, theirs).await.is_ok() {
+            return Ok(Some(Manned { sandbox, isolation, stdin, stdout, stderr }));
+        }
+    }
+    Ok(None)
+}
+
+/// Has a sandbox made for the job, and gives it to it.
+async fn made(
+    jobs: &Jobs,
+    entry: &Entry,
+    spec: SandboxSpec,
+    artifact: File,
+    invocation: &Invocation,
+) -> Result<Result<Manned, Unmanned>, Fault> {
+    let (mut sandbox, _waiting) = jobs.0.parking.launch(spec, artifact)?;
     let ready = tokio::select! {
         ready = sandbox.ready() => ready,
         () = entry.cancel.cancelled() => {
             sandbox.end().await;
-            return Ok(End::without_run(Outcome::Cancelled, *usage));
+            return Ok(Err(Unmanned::Cancelled));
         }
     };
     let isolation = match ready {
         Ok(isolation) => isolation,
         Err(SandboxError::Died(report)) if report.killed == Some(KillCause::Memory) => {
-            return Ok(too_small_to_begin(request, &report, usage));
+            return Ok(Err(Unmanned::TooSmall(report)));
         }
         Err(error) => return Err(error.into()),
     };
-    entry.update(|record| record.isolation = Some(IsolationRecord::from(isolation)));
-    run_in(jobs, entry, request, streams, (sandbox, asked), usage).await
+    let Stdio { stdin, stdout, stderr, theirs } = Stdio::make().map_err(Fault::Pipe)?;
+    if let Err(fault) = sandbox.give(invocation, theirs).await {
+        sandbox.killer().kill();
+        let (_, end) = sandbox.run(|| {}).await?;
+        if end.usage.oom_kills > 0 {
+            return Ok(Err(Unmanned::TooSmall(SandboxReport { killed: Some(KillCause::Memory), ..end })));
+        }
+        return Err(fault.into());
+    }
+    Ok(Ok(Manned { sandbox, isolation, stdin, stdout, stderr }))
 }
 
-/// Gives a ready sandbox its job and follows it to the end.
+/// Follows a job to its end.
 async fn run_in(
     jobs: &Jobs,
     entry: &Arc<Entry>,
     request: &JobRequest,
     streams: Streams,
-    (mut sandbox, asked): (Sandbox, Instant),
+    (manned, asked): (Manned, Instant),
     usage: &mut UsageRecord,
 ) -> Result<End, Fault> {
-    let Stdio { stdin, stdout, stderr, theirs } = Stdio::make().map_err(Fault::Pipe)?;
+    let Manned { mut sandbox, stdin, stdout, stderr, .. } = manned;
     let killer = sandbox.killer();
-    if let Err(fault) = sandbox.give(&invocation(entry, request), theirs).await {
-        killer.kill();
-        let (_, end) = sandbox.run(|| {}).await?;
-        if end.usage.oom_kills > 0 {
-            let end = SandboxReport { killed: Some(KillCause::Memory), ..end };
-            return Ok(too_small_to_begin(request, &end, usage));
-        }
-        return Err(fault.into());
-    }
     let stop = |why: Stop| {
         // the first reason stands; killing twice does no harm
         let _ = entry.stop.set(why);

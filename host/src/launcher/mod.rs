@@ -2,6 +2,7 @@
 
 mod ceilings;
 mod packets;
+mod parking;
 mod sandbox;
 mod streams;
 
@@ -21,6 +22,7 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use self::ceilings::SetCeilingError;
 use self::packets::AsyncPackets;
+pub use self::parking::{Parking, ParkingRules, Recipe};
 pub use self::sandbox::{Killer, Sandbox, SandboxError};
 pub use self::streams::{Collected, Collector, Content, Stdio, StreamError};
 

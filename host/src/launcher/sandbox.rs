@@ -89,6 +89,13 @@ impl Sandbox {
         }
     }
 
+    /// Whether it is ready, as far as is known, and has not been given its job.
+    #[must_use]
+    pub fn is_waiting(&mut self) -> bool {
+        // nothing is told between readiness and the job but the end
+        matches!(self.events.try_recv(), Err(mpsc::error::TryRecvError::Empty))
+    }
+
     /// Gives it its one job: the invocation, and its standard input, output and error.
     ///
     /// # Errors

@@ -144,6 +144,8 @@ async fn store(app: &App, row: TenantRow, allowed: Precondition<TenantRow>) -> R
         let before = now.map(|now| now.settings.ceiling()).unwrap_or_default();
         let changes = before != row.settings.ceiling();
         if changes {
+            // what waits for jobs was made under the ceiling that goes
+            app.jobs.unpark(&name, None);
             app.launcher.set_ceiling(name.clone(), row.settings.ceiling()).await?;
         }
         let stored = app.store.put_tenant(row, Box::new(move |row| row.map(row_etag) == seen)).await;
