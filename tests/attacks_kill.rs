@@ -17,8 +17,9 @@ use support::raw::Raw;
 use support::slowness::at_most;
 use support::{Server, wait_until};
 
+/// Without parked sandboxes: what lives is counted from outside.
 fn start() -> Server {
-    Server::start().with_probe()
+    Server::start_with("parked_per_plugin = 0\n").with_probe()
 }
 
 fn cancel(server: &Server, id: &str) -> u16 {

@@ -22,6 +22,8 @@ pub struct LauncherConfig {
     pub instance: Name,
     /// The directory in which instances on this host agree about uids.
     pub lock_dir: PathBuf,
+    /// Make what sandboxes need before they are asked for.
+    pub ahead: bool,
 }
 
 /// From the server.

@@ -105,7 +105,12 @@ fn check_machine(lock_dir: &Path) -> Result<(), Fatal> {
 /// Spawns the launcher and waits until it is up.
 pub(super) fn start_launcher(lock_dir: &Path, dir: &DataDir) -> anyhow::Result<(Packets, Child)> {
     let (packets, child) = spawn(LAUNCHER).context("start the launcher")?;
-    let config = LauncherConfig { version: VERSION, instance: dir.instance().clone(), lock_dir: lock_dir.to_owned() };
+    let config = LauncherConfig {
+        version: VERSION,
+        instance: dir.instance().clone(),
+        lock_dir: lock_dir.to_owned(),
+        ahead: true,
+    };
     packets.send(&ToLauncher::Configure(config), &[] as &[OwnedFd]).context("configure the launcher")?;
     let version = probe::wait_up(&packets)?;
     tracing::debug!(cgroups = version, "launcher up");

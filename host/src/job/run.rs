@@ -136,7 +136,7 @@ async fn launch(
     let asked = Instant::now();
     let Supply { artifact, streams } = supply;
     let artifact = runnable(jobs, &request.tenant, &request.plugin, artifact).await?;
-    let recipe = Recipe { spec: spec(request), revision: request.plugin.revision };
+    let recipe = Recipe { spec: spec(request), artifact: *request.plugin.revision.bytes() };
     let invocation = invocation(entry, request);
     let (manned, start) = match parked(jobs, &recipe, &artifact, &invocation).await? {
         Some(manned) => (manned, Start::Parked),

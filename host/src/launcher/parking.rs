@@ -15,7 +15,6 @@ use holm_sandbox::usage::Isolation;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{Launcher, Sandbox, SandboxError};
-use crate::plugin::Revision;
 
 /// How long after a sandbox was taken another one is made in its place: the job that took it has both CPUs of a small
 /// machine until then.
@@ -53,8 +52,8 @@ pub struct ParkingRules {
 pub struct Recipe {
     /// The sandbox.
     pub spec: SandboxSpec,
-    /// What runs in it, as it was uploaded.
-    pub revision: Revision,
+    /// The digest of what runs in it.
+    pub artifact: [u8; 32],
 }
 
 /// All parked sandboxes. Cheap to clone.

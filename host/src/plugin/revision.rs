@@ -27,6 +27,12 @@ impl Hasher {
 }
 
 impl Revision {
+    /// The digest itself.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
     /// The 64 digits, for a file's name.
     #[must_use]
     pub fn hex(&self) -> String {

@@ -38,6 +38,9 @@ pub(crate) fn sweep(first: usize, end: usize, count: usize, spared: &[usize]) ->
     Ok(answers.into())
 }
 
+/// Calls that return twice.
+const FORKING: [i64; 3] = [libc::SYS_clone, libc::SYS_fork, libc::SYS_vfork];
+
 fn answers_of(number: usize, count: usize) -> Result<Value> {
     let patterns = &patterns(number)[..count];
     let told = shared_slots(count)?;
@@ -47,10 +50,11 @@ fn answers_of(number: usize, count: usize) -> Result<Value> {
         let end = in_child(PATIENCE, || {
             for (slot, args) in told.iter().zip(patterns).skip(answers.len()) {
                 let answer = call(number, *args);
-                slot.store(errno(answer), SeqCst);
-                if answer == 0 && number == libc::SYS_vfork.cast_unsigned() as usize {
-                    exit_now(0) // it stands on its parent's stack
+                if answer == 0 && FORKING.map(i64::cast_unsigned).contains(&(number as u64)) {
+                    // a child of the call's: its parent tells, and may be at the next number by now
+                    exit_now(0)
                 }
+                slot.store(errno(answer), SeqCst);
             }
         })?;
         while answers.len() < count && told[answers.len()].load(SeqCst) != UNTOLD {

@@ -22,13 +22,13 @@ use crate::sys::process::{Cloned, SingleThreaded, clone3};
 use crate::uids::JobIds;
 use crate::wire::Packets;
 
-/// The namespaces of a clone. The seventh, of cgroups, is entered by the child once it is attached.
+/// The namespaces of every clone. That of the network may have been made ahead; that of cgroups is entered by the child
+/// once it is attached.
 const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER
     .union(CloneFlags::CLONE_NEWPID)
     .union(CloneFlags::CLONE_NEWNS)
     .union(CloneFlags::CLONE_NEWUTS)
-    .union(CloneFlags::CLONE_NEWIPC)
-    .union(CloneFlags::CLONE_NEWNET);
+    .union(CloneFlags::CLONE_NEWIPC);
 
 impl Launcher<'_> {
     /// Makes a sandbox and lets it begin to confine itself. An error means that nothing was cloned and nothing is
@@ -98,15 +98,22 @@ impl Launcher<'_> {
         let null = self.null.try_clone().at(Step::MakeGate)?;
         let filters = self.filters.entry(spec.kind).or_insert_with(|| Rc::new(Filters::compile(spec.kind))).clone();
         // everything that can fail for want of descriptors is done before there is a process to get rid of
-        match clone_owned(&self.proof, Uid::from_raw(ids.first), leaf).at(Step::Clone)? {
+        let owner = Uid::from_raw(ids.first);
+        let network = self.networks.take();
+        let (cloned, back) = match &network {
+            Some(network) => self.networks.clone_in(network, || clone_owned(&self.proof, NAMESPACES, owner, leaf)),
+            None => clone_owned(&self.proof, NAMESPACES | CloneFlags::CLONE_NEWNET, owner, leaf).map(|c| (c, Ok(()))),
+        }
+        .at(Step::Clone)?;
+        match cloned {
             Cloned::Child => {
                 let birth = Birth { spec, filters, gate: sandbox_gate, channel, artifact, dev, null };
                 init::enter(birth, &self.proof, self.workload)
             }
             Cloned::Parent { pid, pidfd } => {
-                let ready = self
-                    .watch(pidfd.as_fd(), Source::Exit(id))
-                    .at(Step::OpenGate)
+                let ready = back
+                    .at(Step::Clone)
+                    .and_then(|()| self.watch(pidfd.as_fd(), Source::Exit(id)).at(Step::OpenGate))
                     .and_then(|()| map_ids(pid, ids).at(Step::MapIds))
                     .and_then(|()| leaf.attach(pid).at(Step::AttachCgroup))
                     .and_then(|()| self.watch(gate.0.as_fd(), Source::Gate(id)).at(Step::OpenGate))
@@ -115,18 +122,21 @@ impl Launcher<'_> {
                         None => Ok(()),
                     })
                     .and_then(|()| gate.tell(ToSandbox::Open).at(Step::OpenGate));
-                Ok(Newborn { spec, pid, pidfd, gate, oom, ready })
+                self.networks.order();
+                let network = network.map(|network| network.number);
+                Ok(Newborn { spec, pid, pidfd, network, gate, oom, ready })
             }
         }
     }
 
     /// Takes a cloned process into the books; one that could not be readied is killed, and told of when it is dead.
     fn adopt(&mut self, id: SandboxId, newborn: Newborn, leaf: Leaf, ids: JobIds) {
-        let Newborn { spec, pid, pidfd, gate, oom, ready } = newborn;
+        let Newborn { spec, pid, pidfd, network, gate, oom, ready } = newborn;
         let live = Live {
             spec,
             pid,
             pidfd,
+            network,
             gate: Some(gate),
             oom,
             leaf,
@@ -151,11 +161,11 @@ impl Launcher<'_> {
 /// Clones with the new user namespace in the ownership of `owner`, an id of the job's own. The kernel counts inotify
 /// instances, queued signals and more in every user namespace up to the host's, each time for the owner of the one
 /// below: were that this process's user, all jobs together would have as much as one user of the host.
-fn clone_owned(proof: &SingleThreaded, owner: Uid, leaf: &Leaf) -> nix::Result<Cloned> {
+fn clone_owned(proof: &SingleThreaded, namespaces: CloneFlags, owner: Uid, leaf: &Leaf) -> nix::Result<Cloned> {
     seteuid(owner)?;
     // files are opened as before, and so are the child's own in `/proc`
     setfsuid(getuid());
-    let cloned = clone3(proof, NAMESPACES, leaf.birthplace());
+    let cloned = clone3(proof, namespaces, leaf.birthplace());
     if !matches!(cloned, Ok(Cloned::Child)) {
         seteuid(getuid())?;
     }
@@ -167,6 +177,7 @@ struct Newborn {
     spec: SandboxSpec,
     pid: Pid,
     pidfd: OwnedFd,
+    network: Option<u64>,
     gate: gate::LauncherGate,
     oom: Option<OwnedFd>,
     ready: Result<(), LaunchError>,

@@ -48,6 +48,8 @@ pub(super) struct Live {
     pub(super) spec: SandboxSpec,
     pub(super) pid: Pid,
     pub(super) pidfd: OwnedFd,
+    /// The number of its network namespace, if that was made ahead.
+    pub(super) network: Option<u64>,
     pub(super) gate: Option<LauncherGate>,
     pub(super) oom: Option<OwnedFd>,
     pub(super) leaf: Leaf,

@@ -7,6 +7,7 @@
 mod birth;
 mod ceilings;
 mod live;
+mod networks;
 mod outbox;
 mod start;
 mod sweeper;
@@ -21,6 +22,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags, EpollTimeout};
 
 use self::live::Live;
+use self::networks::Networks;
 use self::outbox::Outbox;
 use self::start::Place;
 pub use self::start::{launcher_main, spawn};
@@ -54,12 +56,14 @@ enum Source {
     Exit(SandboxId),
     Gate(SandboxId),
     Oom(SandboxId),
+    Networks,
 }
 
 impl Source {
     fn token(self) -> u64 {
         match self {
             Self::Server => 0,
+            Self::Networks => 1 << 2,
             Self::Exit(id) => id.0 << 2 | 1,
             Self::Gate(id) => id.0 << 2 | 2,
             Self::Oom(id) => id.0 << 2 | 3,
@@ -72,6 +76,7 @@ impl Source {
             1 => Self::Exit(id),
             2 => Self::Gate(id),
             3 => Self::Oom(id),
+            _ if id == SandboxId(1) => Self::Networks,
             _ => Self::Server,
         }
     }
@@ -87,6 +92,7 @@ struct Launcher<'w> {
     tree: Tree,
     uids: UidPool,
     null: OwnedFd,
+    networks: Networks,
     filters: HashMap<Kind, Rc<Filters>>,
     live: HashMap<SandboxId, Live>,
     /// When which sandbox has to be looked at. Each has one entry at most, the one in its `alarm`.
@@ -100,6 +106,9 @@ impl Launcher<'_> {
     fn run(&mut self) -> nix::Result<()> {
         let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP;
         self.epoll.add(self.outbox.socket(), EpollEvent::new(flags, Source::Server.token()))?;
+        if let Some(maker) = self.networks.maker() {
+            self.watch(maker, Source::Networks)?;
+        }
         let mut buffer = vec![0; MAX_PACKET];
         while self.step(&mut buffer)? {}
         self.end()
@@ -114,6 +123,10 @@ impl Launcher<'_> {
                 Source::Gate(id) => self.read_gate(id),
                 Source::Oom(id) => self.check_oom(id),
                 Source::Exit(id) => self.bury(id),
+                Source::Networks => {
+                    let live = &self.live;
+                    self.networks.receive(|number| live.values().any(|live| live.network == Some(number)));
+                }
             }
         }
         self.ring_alarms(Instant::now());
@@ -190,12 +203,13 @@ impl Launcher<'_> {
                 match Source::of(event.data()) {
                     Source::Exit(id) => self.bury(id),
                     Source::Gate(id) => self.read_gate(id),
-                    Source::Oom(_) | Source::Server => {}
+                    Source::Oom(_) | Source::Server | Source::Networks => {}
                 }
             }
             self.remove_leaving();
         }
         self.tree.remains().sweep();
+        self.networks.dismiss();
         self.place.dismiss_sweeper();
         Ok(())
     }
@@ -216,6 +230,8 @@ mod tests {
                 assert_eq!(Source::of(source.token()), source);
             }
         }
-        assert_eq!(Source::of(Source::Server.token()), Source::Server);
+        for source in [Source::Server, Source::Networks] {
+            assert_eq!(Source::of(source.token()), source);
+        }
     }
 }

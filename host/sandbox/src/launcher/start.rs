@@ -17,6 +17,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, mkdirat, umask};
 use nix::unistd::{Pid, chdir, fchdir, pivot_root, setsid};
 
+use super::networks::Networks;
 use super::outbox::Outbox;
 use super::sweeper::{self, Sweeper};
 use super::{Launcher, verify};
@@ -147,6 +148,7 @@ struct Foundation {
     tree: Tree,
     null: OwnedFd,
     host_millicores: u32,
+    ahead: bool,
 }
 
 /// Claims uids and cgroups. Reports everything that is missing, not only the first.
@@ -171,6 +173,7 @@ fn lay_foundation(config: &LauncherConfig) -> Result<Foundation, Vec<String>> {
             uids,
             tree,
             null,
+            ahead: config.ahead,
             host_millicores: u32::try_from(cores).unwrap_or(u32::MAX).saturating_mul(1000),
         }),
         (_, _, tree, _) => {
@@ -188,9 +191,9 @@ fn settle<'w>(
     outbox: Outbox,
     foundation: Foundation,
 ) -> Result<Launcher<'w>, (Outbox, String)> {
-    let Foundation { uids, tree, null, host_millicores, .. } = foundation;
+    let Foundation { uids, tree, null, host_millicores, ahead, .. } = foundation;
     let mut sweeper = None;
-    let prepared = (|| -> Result<(Namespaces, u32, Epoll), String> {
+    let prepared = (|| -> Result<(Namespaces, u32, Epoll, Networks), String> {
         let fail = |what: &'static str| move |error: nix::errno::Errno| format!("{what}: {}", error.desc());
         // a terminal's Ctrl-C is for the server, which then ends us in order
         setsid().map_err(fail("leave the terminal's session"))?;
@@ -204,10 +207,11 @@ fn settle<'w>(
         keep_capabilities_as_any_user().map_err(fail("keep capabilities"))?;
         keep_few_capabilities().map_err(|error| format!("drop capabilities: {error}"))?;
         identity::become_non_dumpable().map_err(fail("become non-dumpable"))?;
+        let networks = Networks::start(&proof, ahead).map_err(fail("fork the maker of network namespaces"))?;
         let namespaces = verify::namespaces_of(Pid::this()).map_err(|error| format!("read own namespaces: {error}"))?;
         let filters = verify::filters_of(Pid::this()).map_err(|error| format!("read own filters: {error}"))?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(fail("make an epoll instance"))?;
-        Ok((namespaces, filters, epoll))
+        Ok((namespaces, filters, epoll, networks))
     })();
     match prepared {
         Err(problem) => {
@@ -217,7 +221,7 @@ fn settle<'w>(
             }
             Err((outbox, problem))
         }
-        Ok((own_namespaces, own_filters, epoll)) => Ok(Launcher {
+        Ok((own_namespaces, own_filters, epoll, networks)) => Ok(Launcher {
             proof,
             workload,
             place: Place { own_namespaces, own_filters, host_millicores, on_host: rootless::on_host(), sweeper },
@@ -226,6 +230,7 @@ fn settle<'w>(
             tree,
             uids,
             null,
+            networks,
             filters: HashMap::new(),
             live: HashMap::new(),
             alarms: BTreeSet::new(),

@@ -23,6 +23,7 @@ pub(super) fn read_back(place: &Place, live: &Live, pid: Pid) -> Result<Isolatio
     let namespaces = namespaces_of(pid).at(Step::VerifyNamespaces)?;
     let init_namespaces = namespaces_of(live.pid).at(Step::VerifyNamespaces)?;
     let fresh = namespaces.named().iter().zip(place.own_namespaces.named()).all(|(own, host)| own.1 != host.1);
+    require(live.network.is_none_or(|made| made == namespaces.net), Step::VerifyNamespaces)?;
     // the pid came from the sandbox: only that it lives in the child's own namespaces makes it the sandbox's
     require(fresh && namespaces == init_namespaces, Step::VerifyNamespaces)?;
 
