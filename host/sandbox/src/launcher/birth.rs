@@ -11,7 +11,7 @@ use nix::sched::CloneFlags;
 use nix::unistd::{Pid, Uid, getuid, seteuid, setfsuid};
 
 use super::live::{Live, READY_WITHIN, REAP_AGAIN, Stage};
-use super::{Launcher, MAX_ID, Source};
+use super::{Launcher, MAX_ID, Source, WARM_FOR};
 use crate::cgroup::Leaf;
 use crate::error::{AtStep, LaunchError, Step};
 use crate::gate::{self, ToSandbox};
@@ -123,6 +123,8 @@ impl Launcher<'_> {
                     })
                     .and_then(|()| gate.tell(ToSandbox::Open).at(Step::OpenGate));
                 self.networks.order();
+                let now = Instant::now();
+                self.warm = self.ahead.then_some((now + WARM_FOR, now));
                 let network = network.map(|network| network.number);
                 Ok(Newborn { spec, pid, pidfd, network, gate, oom, ready })
             }

@@ -39,8 +39,16 @@ use crate::workload::Workload;
 /// Events taken from the kernel at once.
 const EVENTS: usize = 64;
 
+/// Messages taken from the server before others are looked after: sandboxes, clocks, and what waits to be told.
+const MESSAGES: usize = 64;
+
 /// How long after the last attempt a cgroup that is still busy is tried again.
 const REMOVE_AGAIN: Duration = Duration::from_millis(1);
+
+/// How long after the last launch the kernel is kept ready for the next one, and how often it is reminded. The cost is
+/// some 10 µs of CPU time each.
+const WARM_FOR: Duration = Duration::from_secs(10);
+const WARM_EVERY: Duration = Duration::from_millis(8);
 
 /// How long killed sandboxes may take to die when the launcher ends. Leaves time for the sweep within the 2 s after
 /// which a dead server's launcher must be gone.
@@ -92,6 +100,8 @@ struct Launcher<'w> {
     tree: Tree,
     uids: UidPool,
     null: OwnedFd,
+    /// Make what sandboxes need before they are asked for.
+    ahead: bool,
     networks: Networks,
     filters: HashMap<Kind, Rc<Filters>>,
     live: HashMap<SandboxId, Live>,
@@ -99,6 +109,8 @@ struct Launcher<'w> {
     alarms: BTreeSet<(Instant, SandboxId)>,
     /// Cgroups of dead sandboxes that could not be removed yet.
     leaving: Vec<Leaf>,
+    /// Until when the kernel is kept ready for launches, and when it was last reminded.
+    warm: Option<(Instant, Instant)>,
 }
 
 impl Launcher<'_> {
@@ -142,7 +154,8 @@ impl Launcher<'_> {
         let leaving = (!self.leaving.is_empty()).then(|| now + REMOVE_AGAIN);
         let idle = self.tree.remove_idle_tenants(now);
         let ceilings = self.settle_ceilings(now);
-        let next = [alarm, leaving, idle, ceilings].into_iter().flatten().min();
+        let warm = self.keep_warm(now);
+        let next = [alarm, leaving, idle, ceilings, warm].into_iter().flatten().min();
         let timeout = next.map_or(EpollTimeout::NONE, |at| {
             // rounded up: a timer that rings early would ring again and again until it is due
             let ms = at.saturating_duration_since(now).as_micros().div_ceil(1000);
@@ -157,9 +170,27 @@ impl Launcher<'_> {
         }
     }
 
-    /// Takes every message that the server has sent. False once it is gone, or talks nonsense.
+    /// Reminds the kernel of attaching, see [`Tree::keep_warm`]. Returns when to do so again.
+    fn keep_warm(&mut self, now: Instant) -> Option<Instant> {
+        let (until, last) = self.warm?;
+        if now >= until {
+            self.warm = None;
+            return None;
+        }
+        if now < last + WARM_EVERY {
+            return Some(last + WARM_EVERY);
+        }
+        match self.tree.keep_warm() {
+            Some(Ok(())) => self.warm = Some((until, now)),
+            // not needed, or not to be had: launches are a little slower
+            None | Some(Err(_)) => self.warm = None,
+        }
+        self.warm.map(|_| now + WARM_EVERY)
+    }
+
+    /// Takes some of the messages that the server has sent. False once it is gone, or talks nonsense.
     fn read_server(&mut self, buffer: &mut [u8]) -> bool {
-        loop {
+        for _ in 0..MESSAGES {
             let received = match self.outbox.packets().recv_into(buffer, ToLauncher::fds) {
                 Ok(received) => received,
                 Err(RecvError::Empty) => return true,
@@ -177,6 +208,8 @@ impl Launcher<'_> {
                 ToLauncher::Configure(_) => return false,
             }
         }
+        // the event is still there for what is left
+        true
     }
 
     /// Tries once more to remove the cgroups of the dead.

@@ -230,11 +230,13 @@ fn settle<'w>(
             tree,
             uids,
             null,
+            ahead,
             networks,
             filters: HashMap::new(),
             live: HashMap::new(),
             alarms: BTreeSet::new(),
             leaving: Vec::new(),
+            warm: None,
         }),
     }
 }
