@@ -312,7 +312,7 @@ impl Server {
         roots.into_iter().map(|root| root.join(format!("holm-{instance}"))).filter(|dir| dir.exists()).collect()
     }
 
-    /// The processes in this server's cgroups.
+    /// The processes of this server's jobs, those of sandboxes that have no job yet not among them.
     pub fn sandboxed(&self) -> Vec<u32> {
         let mut pids = Vec::new();
         for root in self.cgroups() {
@@ -355,9 +355,15 @@ impl Drop for Server {
     }
 }
 
+/// Adds the processes in and below the cgroup `dir`. A sandbox that is being made, or waits for its job, has a process
+/// of a name that none with a job has.
 fn collect_pids(dir: &Path, pids: &mut Vec<u32>) {
     let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-    pids.extend(procs.lines().filter_map(|line| line.parse::<u32>().ok()));
+    let own: Vec<u32> = procs.lines().filter_map(|line| line.parse().ok()).collect();
+    let name = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    if !own.iter().any(|pid| matches!(name(pid).trim_end(), "holm-launcher" | "holm-parked")) {
+        pids.extend(own);
+    }
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             collect_pids(&entry.path(), pids);

@@ -11,6 +11,7 @@ pub(crate) mod root;
 pub(crate) mod seccomp;
 
 use std::convert::Infallible;
+use std::ffi::CStr;
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -33,6 +34,9 @@ use crate::workload::{Job, JobMessage, Started, Workload};
 
 /// The host name in every sandbox.
 const HOSTNAME: &str = "holm";
+
+/// The name of the process that is to run tenant code, until it has a job.
+const PARKED: &CStr = c"holm-parked";
 
 /// The exit code of a sandbox that never became ready (`EX_OSERR`); nobody but the launcher sees it.
 const NOT_READY: i32 = 71;
@@ -112,6 +116,7 @@ fn run(
         // from here on two processes: this one is the init, the other one runs the program
         if let Some(main) = fork(proof).at(Step::ForkWorkload)? {
             drop((channel, artifact));
+            prctl::set_name(c"holm-init").at(Step::ForkWorkload)?;
             reaper::reap_until(main, gate);
         }
     }
@@ -123,6 +128,13 @@ fn run(
     gate.wait_for(ToSandbox::Admit).at(Step::WaitGate)?;
 
     let job = receive_job(Confined { gate_slot, channel })?;
+    let name = match spec.kind {
+        Kind::Native => c"holm-native",
+        Kind::Wasm => c"holm-wasm",
+        Kind::Compile => c"holm-compile",
+    };
+    // nothing depends on it
+    let _ = prctl::set_name(name);
     exit_now(task.run(job))
 }
 
@@ -147,12 +159,7 @@ fn settle(spec: &SandboxSpec) -> Result<(), LaunchError> {
     }
     sethostname(HOSTNAME).at(Step::SetHostname)?;
     took_effect(gethostname().at(Step::SetHostname)? == HOSTNAME).at(Step::SetHostname)?;
-    let name = match spec.kind {
-        Kind::Native => c"holm-init",
-        Kind::Wasm => c"holm-wasm",
-        Kind::Compile => c"holm-compile",
-    };
-    prctl::set_name(name).at(Step::TakeIdentity)
+    prctl::set_name(PARKED).at(Step::TakeIdentity)
 }
 
 /// Gives the program that is forked later a time namespace of its own. Its clocks are the host's as before; but
