@@ -143,9 +143,14 @@ impl Evidence<'_> {
                 _ => Outcome::Lost,
             };
         }
-        match self.runtime {
+        let own = match self.runtime {
             Runtime::Native => self.native(),
             Runtime::Wasm => self.wasm(),
+        };
+        match self.stop {
+            // before it could be killed it failed of its own, most likely of a stream that nobody reads any more
+            Some(Stop::Cancelled | Stop::InputBroken) if !own.is_success() => Outcome::Cancelled,
+            _ => own,
         }
     }
 
@@ -309,6 +314,18 @@ mod tests {
             let case = Case { killed, stop: Some(stop), ..Case::native(Exit::Signaled(9)) };
             assert_eq!(case.outcome()["kind"], kind);
         }
+    }
+
+    #[test]
+    fn what_fails_because_nobody_waits_for_it_is_cancelled() {
+        let stop = Some(Stop::Cancelled);
+        assert_eq!(Case { stop, ..Case::native(Exit::Signaled(13)) }.outcome()["kind"], "cancelled");
+        let trapped = Report::Wasm {
+            end: WasmEnd::Trapped { code: "unreachable_code_reached".into(), backtrace: String::new() },
+            fuel_used: 1,
+        };
+        assert_eq!(Case { stop, ..Case::wasm(Some(trapped)) }.outcome()["kind"], "cancelled");
+        assert_eq!(Case { stop, ..Case::native(Exit::Exited(0)) }.outcome()["kind"], "exited", "it was done by then");
     }
 
     #[test]

@@ -184,8 +184,9 @@ pub(super) fn pass_on(headers: &mut HeaderMap) {
 /// off by itself leaves the job its last words.
 #[derive(Debug)]
 pub(super) struct GuestBody {
-    answer: Answer,
+    /// Dropped first: what the guest fails of when its answer is not read any more is not its own failure.
     job: Option<Submitted>,
+    answer: Answer,
 }
 
 impl GuestBody {

@@ -91,6 +91,7 @@ mod tests {
             "personality" => ([0, u32::MAX].contains(&int(0)), libc::EPERM),
             "mmap" | "mprotect" if kind == Kind::Wasm => (int(2) & 4 == 0, libc::EPERM),
             "tgkill" if kind != Kind::Native => (int(2) == 6, libc::EPERM),
+            "prctl" if kind == Kind::Wasm => (int(0) == 15, libc::EPERM),
             "prctl" => {
                 let plain = [1, 2, 3, 4, 15, 16, 21, 23, 29, 30, 36, 37, 38, 39, 41, 42, 0x5356_4d41];
                 (plain.contains(&int(0)), libc::EPERM)

@@ -158,6 +158,9 @@ static THREADS_ONLY: Test = Test::Masked {
     value: bits(libc::CLONE_THREAD | libc::CLONE_VM),
 };
 
+/// Nothing of `prctl` but the caller's own name.
+static NAME_ONLY: Test = Test::Masked { arg: 0, mask: u32::MAX, value: bits(libc::PR_SET_NAME) };
+
 /// Nothing but the wake-up that `abort` sends to its own thread group.
 static ABORT_ONLY: Test = Test::Masked { arg: 2, mask: u32::MAX, value: bits(libc::SIGABRT) };
 
@@ -321,7 +324,7 @@ static WASM: &[Line] = lines! {
     If(&ABORT_ONLY, EPERM), Job, Allow, "abort()": tgkill = libc::SYS_tgkill;
     Allow, Setup, REFUSED, "the first contents of a component's memory, kept in a sealed file": memfd_create = libc::SYS_memfd_create;
     If(&UNIX_SOCKET, EAFNOSUPPORT), Setup, REFUSED, "the wake-up pair of the event loop": socketpair = libc::SYS_socketpair;
-    Allow, Setup, REFUSED, "die with the launcher": prctl = libc::SYS_prctl;
+    Allow, Setup, If(&NAME_ONLY, EPERM), "die with the launcher; then its own name alone": prctl = libc::SYS_prctl;
     Allow, Setup, REFUSED, "install the last filter": seccomp = libc::SYS_seccomp;
 };
 
