@@ -64,6 +64,18 @@ impl Limits {
     /// Range of `stack_bytes`.
     pub const STACK_BYTES: RangeInclusive<u64> = 64 * KIB..=64 * MIB;
 
+    /// The first limit in which `other` differs that is fixed once a sandbox is made.
+    #[must_use]
+    pub fn changed_at_start_only(&self, other: &Self) -> Option<&'static str> {
+        let fixed = [
+            ("scratch_bytes", self.scratch_bytes == other.scratch_bytes),
+            ("scratch_inodes", self.scratch_inodes == other.scratch_inodes),
+            ("open_files", self.open_files == other.open_files),
+            ("stack_bytes", self.stack_bytes == other.stack_bytes),
+        ];
+        fixed.iter().find(|(_, same)| !same).map(|(name, _)| *name)
+    }
+
     /// Checks every value against its range.
     ///
     /// # Errors

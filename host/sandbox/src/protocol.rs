@@ -2,13 +2,15 @@
 
 use std::path::PathBuf;
 
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::ceiling::{Ceiling, CeilingError};
 use crate::error::LaunchError;
+use crate::limits::Limits;
 use crate::name::Name;
 use crate::spec::{SandboxId, SandboxSpec};
-use crate::usage::{Isolation, SandboxReport};
+use crate::usage::{Isolation, ProcessInfo, SandboxReport, Stats};
 
 /// The version of these messages; a launcher refuses a server that speaks another.
 pub const VERSION: u32 = 1;
@@ -50,8 +52,88 @@ pub enum ToLauncher {
         /// Its new ceiling.
         ceiling: Ceiling,
     },
-    /// A tenant is deleted: forget the ceiling that has been set for it.
+    /// A tenant is deleted: forget the ceiling that has been set for it, and that it was frozen.
     ForgetCeiling(Name),
+    /// Do something with a sandbox that lives. Answered by [`FromLauncher::Answer`].
+    Order {
+        /// The number that the answer has. Chosen by the server.
+        request: u64,
+        /// Which sandbox.
+        id: SandboxId,
+        /// What to do.
+        order: Order,
+    },
+    /// Freeze or thaw everything of a tenant, what is still to come included. Answered by [`FromLauncher::Answer`].
+    FreezeTenant {
+        /// The number that the answer has.
+        request: u64,
+        /// The tenant. It need not have a sandbox now.
+        tenant: Name,
+        /// Or thaw it.
+        frozen: bool,
+    },
+}
+
+/// What can be done with a sandbox that lives. An answer that all is done comes when it is, by the kernel's word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Order {
+    /// Let nothing of it run, and stop its wall clock. No effect on one that is frozen.
+    Freeze,
+    /// Let it go on, unless its tenant is frozen. No effect on one that is not frozen.
+    Thaw,
+    /// Change its limits, those that can be changed while it runs; see [`Limits::changed_at_start_only`].
+    Limit(Limits),
+    /// Tell what it uses.
+    Measure,
+    /// Tell its processes.
+    List,
+}
+
+/// What has become of an order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// It is done.
+    Done,
+    /// The limits hold, and the sandbox ends because it has passed one of them.
+    Ending,
+    /// What it uses.
+    Stats(Box<Stats>),
+    /// Some of its processes; more are told in another answer to the same request, until `last`.
+    Processes {
+        /// At most [`PROCESSES_AT_ONCE`].
+        some: Vec<ProcessInfo>,
+        /// No more follow.
+        last: bool,
+    },
+}
+
+/// Processes in one [`Answer::Processes`]: reading what the kernel knows of one takes some 70 µs, in which the launcher
+/// does nothing else.
+pub const PROCESSES_AT_ONCE: usize = 16;
+
+/// Why an order was not obeyed. Everything is as it was before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum OrderError {
+    /// The sandbox has ended, or is ending.
+    #[error("the sandbox has ended")]
+    Ended,
+    /// Some task could not be frozen in time, as it is in a system call that nothing interrupts.
+    #[error("a process did not stop in time")]
+    NotFrozen,
+    /// Another order for the same has come in the meantime.
+    #[error("another order came in between")]
+    Overtaken,
+    /// A limit that cannot be had: out of range, or not to be changed while the sandbox runs.
+    #[error("the limit `{0}` cannot be changed to that")]
+    Limit(String),
+    /// The kernel refused.
+    #[error("`{what}` was refused by the kernel: {}", Errno::from_raw(*errno).desc())]
+    Refused {
+        /// What was to be written.
+        what: String,
+        /// The kernel's reason.
+        errno: i32,
+    },
 }
 
 impl ToLauncher {
@@ -60,7 +142,12 @@ impl ToLauncher {
     pub fn fds(&self) -> usize {
         match self {
             Self::Launch { .. } => 2,
-            Self::Configure(_) | Self::Kill(_) | Self::SetCeiling { .. } | Self::ForgetCeiling(_) => 0,
+            Self::Configure(_)
+            | Self::Kill(_)
+            | Self::SetCeiling { .. }
+            | Self::ForgetCeiling(_)
+            | Self::Order { .. }
+            | Self::FreezeTenant { .. } => 0,
         }
     }
 }
@@ -104,5 +191,12 @@ pub enum FromLauncher {
         id: SandboxId,
         /// How it ended and what it used.
         report: SandboxReport,
+    },
+    /// What has become of an order.
+    Answer {
+        /// The request that this answers.
+        request: u64,
+        /// Why it was not obeyed.
+        result: Result<Answer, OrderError>,
     },
 }

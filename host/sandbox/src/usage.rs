@@ -8,8 +8,10 @@ use serde::{Deserialize, Serialize};
 /// not offer is `None`, never 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
-    /// From the start of tenant code to its end.
+    /// From the start of tenant code to its end, what it was paused for left out.
     pub wall_us: u64,
+    /// How long it was paused after its start.
+    pub paused_us: u64,
     /// CPU time in user mode, dead grandchildren included.
     pub cpu_user_us: Option<u64>,
     /// CPU time in the kernel, dead grandchildren included.
@@ -20,8 +22,73 @@ pub struct Usage {
     pub memory_peak_bytes: Option<u64>,
     /// The most processes and threads at once, the host's own init not counted.
     pub pids_peak: Option<u64>,
+    /// Bytes read from block devices.
+    pub io_read_bytes: Option<u64>,
+    /// Bytes written to block devices.
+    pub io_write_bytes: Option<u64>,
     /// Processes that the kernel's OOM killer killed in the job's own cgroup.
     pub oom_kills: u64,
+}
+
+/// What a sandbox uses now, and has used so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// So far.
+    pub usage: Usage,
+    /// Memory in use, bytes.
+    pub memory_bytes: Option<u64>,
+    /// Processes and threads, the host's own init not counted.
+    pub pids: Option<u64>,
+    /// How its processes wait for resources.
+    pub pressure: Pressure,
+}
+
+/// Pressure stall information (PSI), for each resource that the kernel has it of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pressure {
+    /// Waiting for a CPU.
+    pub cpu: Option<Stall>,
+    /// Waiting for memory to be had.
+    pub memory: Option<Stall>,
+    /// Waiting for block devices.
+    pub io: Option<Stall>,
+}
+
+/// The time in which some, and in which all, processes were held up for want of one resource.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stall {
+    /// At least one was.
+    pub some: StallTime,
+    /// All were. The kernel may have none for some resources.
+    pub full: Option<StallTime>,
+}
+
+/// Parts of the last seconds, in hundredths of a percent, and a sum.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StallTime {
+    /// Of the last 10 s.
+    pub avg10: u32,
+    /// Of the last 60 s.
+    pub avg60: u32,
+    /// Of the last 300 s.
+    pub avg300: u32,
+    /// In all.
+    pub total_us: u64,
+}
+
+/// A process of a sandbox.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessInfo {
+    /// Its pid in the sandbox.
+    pub pid: u32,
+    /// Its pid on the host.
+    pub host_pid: u32,
+    /// The kernel's letter for its state (`proc_pid_status(5)`).
+    pub state: char,
+    /// Its threads.
+    pub threads: u32,
+    /// Its name, which it can choose: 15 bytes at most, what is no text in it replaced.
+    pub command: String,
 }
 
 /// How the job's main process ended, from `waitid(2)`.
@@ -59,6 +126,9 @@ pub struct SandboxReport {
     pub started: bool,
     /// What it used.
     pub usage: Usage,
+    /// Bytes that all sandboxes of its tenant have read from block devices, and written there, since the last report of
+    /// the tenant; where the kernel counts them for the tenant and not for each sandbox.
+    pub tenant_io: Option<(u64, u64)>,
 }
 
 /// The inode numbers of a process's namespaces: equal numbers, same namespace.

@@ -248,7 +248,8 @@ mod tests {
         fn outcome(&self) -> Value {
             let limits = Limits::resolve(self.runtime, &[&Given::default()], &Maximums::default());
             let usage = Usage { wall_us: 30_001_000, memory_peak_bytes: Some(5), ..Usage::default() };
-            let end = SandboxReport { exit: self.exit, killed: self.killed, started: self.started, usage };
+            let (exit, killed, started) = (self.exit, self.killed, self.started);
+            let end = SandboxReport { exit, killed, started, usage, tenant_io: None };
             let evidence = Evidence {
                 runtime: self.runtime,
                 limits: &limits,

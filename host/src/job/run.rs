@@ -207,7 +207,7 @@ async fn made(
     let isolation = match ready {
         Ok(isolation) => isolation,
         Err(SandboxError::Died(report)) if report.killed == Some(KillCause::Memory) => {
-            return Ok(Err(Unmanned::TooSmall(report)));
+            return Ok(Err(Unmanned::TooSmall(*report)));
         }
         Err(error) => return Err(error.into()),
     };

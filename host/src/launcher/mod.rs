@@ -1,6 +1,7 @@
 //! The server's side of the launcher: messages out, events in, one handle a sandbox.
 
 mod ceilings;
+mod orders;
 mod packets;
 mod parking;
 mod sandbox;
@@ -21,6 +22,8 @@ use holm_sandbox::wire::{MAX_PACKET, Packets, RecvError};
 use tokio::sync::{mpsc, oneshot};
 
 pub use self::ceilings::SetCeilingError;
+use self::orders::Asked;
+pub use self::orders::{Controls, OrderFailure, Then};
 use self::packets::AsyncPackets;
 pub use self::parking::{Parking, ParkingRules, Recipe};
 pub use self::sandbox::{Killer, Sandbox, SandboxError};
@@ -35,7 +38,8 @@ pub struct Launcher(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    /// Unbounded, as what goes in is bounded: a launch and a kill or two for each admitted job.
+    /// Unbounded, as what goes in is bounded: a launch and a kill or two for each admitted job, an order for each
+    /// request.
     outbox: mpsc::UnboundedSender<Outgoing>,
     sandboxes: Mutex<Sandboxes>,
     next_id: AtomicU64,
@@ -48,6 +52,8 @@ struct Sandboxes {
     events: HashMap<SandboxId, mpsc::Sender<Event>>,
     /// Changes of ceilings that have not been answered, by their number. At most one for each tenant.
     ceilings: HashMap<u64, oneshot::Sender<Result<(), CeilingError>>>,
+    /// Orders that have not been answered, by their number. At most one of each kind for each job and tenant.
+    orders: HashMap<u64, Asked>,
 }
 
 type Outgoing = (ToLauncher, Vec<OwnedFd>);
@@ -112,6 +118,7 @@ impl Inner {
             FromLauncher::Refused { id, error } => (id, Event::Refused(error), true),
             FromLauncher::Ended { id, report } => (id, Event::Ended(report), true),
             FromLauncher::CeilingSet { request, result } => return self.answer_ceiling(request, result),
+            FromLauncher::Answer { request, result } => return self.take_answer(request, result),
             FromLauncher::Up { .. } | FromLauncher::Unable(_) => return,
         };
         let mut sandboxes = self.sandboxes();
@@ -133,6 +140,7 @@ async fn drive(inner: Arc<Inner>, socket: AsyncPackets, mut inbox: mpsc::Unbound
     sandboxes.gone = true;
     sandboxes.events.clear();
     sandboxes.ceilings.clear();
+    sandboxes.orders.clear();
     gone
 }
 

@@ -14,7 +14,7 @@ use holm_sandbox::workload::JobMessage;
 use tokio::sync::mpsc;
 
 use super::packets::AsyncPackets;
-use super::{Event, Launcher};
+use super::{Controls, Event, Launcher};
 
 /// A sandbox that has been asked for. Killed when dropped before its end.
 #[derive(Debug)]
@@ -45,7 +45,7 @@ pub enum SandboxError {
     Refused(#[source] LaunchError),
     /// It ended before it was ready, by no step that it could name.
     #[error("the sandbox ended before it was ready: {0:?}")]
-    Died(SandboxReport),
+    Died(Box<SandboxReport>),
     /// The launcher has ended.
     #[error("the launcher is gone")]
     LauncherGone,
@@ -83,7 +83,7 @@ impl Sandbox {
             }
             Some(Event::Ended(report)) => {
                 self.killer.ended = true;
-                Err(SandboxError::Died(report))
+                Err(SandboxError::Died(Box::new(report)))
             }
             Some(Event::Started) | None => Err(SandboxError::LauncherGone),
         }
@@ -128,6 +128,12 @@ impl Sandbox {
         // the last event of every sandbox is its end; there is none if the launcher is gone and takes it along
         while let Some(Event::Ready(_) | Event::Started) = self.events.recv().await {}
         self.killer.ended = true;
+    }
+
+    /// A handle that can give it orders.
+    #[must_use]
+    pub fn controls(&self) -> Controls {
+        Controls::new(self.killer.killer.launcher.clone(), self.killer.killer.id)
     }
 
     /// A handle that can kill it.

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use holm_runtime::invocation::{Invocation, Report};
 use holm_sandbox::fuzzing::{read_gate, read_opening};
 use holm_sandbox::limits::Limits;
-use holm_sandbox::protocol::{FromLauncher, ToLauncher};
+use holm_sandbox::protocol::{FromLauncher, Order, ToLauncher};
 use holm_sandbox::wire::{MAX_PACKET, Packets, RecvError};
 use holm_sandbox::workload::JobMessage;
 use libfuzzer_sys::fuzz_target;
@@ -55,7 +55,14 @@ fn obey(message: &ToLauncher) {
     match message {
         ToLauncher::Configure(config) => name(config.instance.as_str()),
         ToLauncher::Kill(_) => {}
-        ToLauncher::ForgetCeiling(tenant) => name(tenant.as_str()),
+        ToLauncher::ForgetCeiling(tenant) | ToLauncher::FreezeTenant { tenant, .. } => name(tenant.as_str()),
+        ToLauncher::Order { order, .. } => match order {
+            Order::Limit(limits) if limits.check().is_ok() => {
+                assert!(Limits::MEMORY_BYTES.contains(&limits.memory_bytes) && Limits::PIDS.contains(&limits.pids));
+                assert_eq!(limits.changed_at_start_only(limits), None);
+            }
+            Order::Freeze | Order::Thaw | Order::Limit(_) | Order::Measure | Order::List => {}
+        },
         ToLauncher::SetCeiling { tenant, ceiling, .. } => {
             name(tenant.as_str());
             let _ = ceiling.check();

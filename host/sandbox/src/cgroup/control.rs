@@ -1,13 +1,21 @@
 //! One controller in one cgroup, whichever version of the interface it has.
 
 use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use nix::errno::Errno;
 
 use super::dir::Dir;
 use super::{v1, v2};
+use crate::sys::alarm;
 
 /// The CFS period. The kernel's own default: shorter ones cost more timer work and bound bursts no better for jobs
 /// that run for milliseconds.
 const CPU_PERIOD_US: u32 = 100_000;
+
+/// How long the kernel may look for memory to reclaim when a limit is lowered below what is in use. Without an end, what
+/// touches pages as fast as they are reclaimed could keep the launcher here.
+const RECLAIM_WITHIN: Duration = Duration::from_millis(20);
 
 /// The directory that serves a role, and the version whose files it has.
 pub(super) struct Control<'a> {
@@ -22,6 +30,19 @@ impl<'a> Control<'a> {
 
     pub(super) fn limit_memory(&self, bytes: u64) -> nix::Result<()> {
         if self.v2 { v2::limit_memory(self.dir, bytes) } else { v1::limit_memory(self.dir, bytes) }
+    }
+
+    /// The same while processes are in it. `EBUSY` if more is in use, and stays in use after a bounded attempt to
+    /// reclaim it; on v2 the limit holds then all the same, and the kernel may have killed for it.
+    pub(super) fn change_memory_limit(&self, bytes: u64) -> nix::Result<()> {
+        let changed = alarm::within(RECLAIM_WITHIN, || {
+            if self.v2 { v2::limit_memory(self.dir, bytes) } else { v1::change_memory_limit(self.dir, bytes) }
+        })?;
+        match changed {
+            Err(Errno::EINTR) => Err(Errno::EBUSY),
+            Ok(()) if self.memory_used().is_some_and(|used| used > bytes) => Err(Errno::EBUSY),
+            other => other,
+        }
     }
 
     /// Makes an OOM kill take the whole cgroup, where the kernel can do that. On v1 it cannot: there a descriptor is
@@ -74,6 +95,11 @@ impl<'a> Control<'a> {
 
     pub(super) fn memory_peak(&self) -> Option<u64> {
         if self.v2 { v2::memory_peak(self.dir) } else { v1::memory_peak(self.dir) }
+    }
+
+    /// Tasks now. Attempts to make one that are being refused count for their moment.
+    pub(super) fn pids_used(&self) -> Option<u64> {
+        self.dir.number("pids.current")
     }
 
     /// Since Linux 6.1, on both versions.

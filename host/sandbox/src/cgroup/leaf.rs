@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
-use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::unistd::Pid;
 
 use super::control::Control;
@@ -12,17 +12,19 @@ use super::tree::Level;
 use super::{Extra, Plan, Role, UNIFIED, v2};
 use crate::name::Name;
 use crate::spec::SandboxSpec;
-use crate::usage::Usage;
+
+/// A limit: its key, whether it is to be written, and what writes it.
+type LimitWrite = (&'static str, bool, fn(&Leaf, &SandboxSpec) -> nix::Result<()>);
 
 /// One directory in each hierarchy, below the tenant's.
 #[derive(Debug)]
 pub(crate) struct Leaf {
-    plan: Rc<Plan>,
+    pub(super) plan: Rc<Plan>,
     parent: Rc<Level>,
     tenant: Name,
     /// Below the server's own cgroup.
     path: String,
-    level: Level,
+    pub(super) level: Level,
 }
 
 impl Leaf {
@@ -36,21 +38,64 @@ impl Leaf {
 
     /// Removes the directories. `EBUSY` while the last task is still on its way out.
     pub(super) fn remove(&self) -> nix::Result<()> {
-        let name = self.path.rsplit('/').next().unwrap_or(&self.path);
-        self.parent.remove_below(name, self.plan.with_leaves)
+        self.parent.remove_below(self.name(), self.plan.with_leaves)
     }
 
-    fn control(&self, role: Role) -> Control<'_> {
+    pub(super) fn control(&self, role: Role) -> Control<'_> {
         self.plan.control(&self.level, role)
     }
 
     /// Writes the limits. Nothing may be attached before.
     pub(crate) fn limit(&self, spec: &SandboxSpec) -> nix::Result<()> {
-        let limits = &spec.limits;
-        self.control(Role::Memory).limit_memory(limits.memory_bytes)?;
+        self.control(Role::Memory).limit_memory(spec.limits.memory_bytes)?;
         self.limit_cpu(spec)?;
-        self.control(Role::Cpu).weigh_cpu(limits.cpu_weight)?;
-        self.control(Role::Pids).limit_pids(limits.pids + spec.kind.own_pids())
+        self.weigh_cpu(spec)?;
+        self.limit_pids(spec)
+    }
+
+    /// Changes the limits of what runs already, as far as they differ. An error names the limit and puts back those that
+    /// had been changed before it; only `EBUSY` for memory is told when all is written: more of it is in use.
+    pub(crate) fn change_limits(&self, from: &SandboxSpec, to: &SandboxSpec) -> Result<(), (&'static str, Errno)> {
+        let writes: [LimitWrite; 3] = [
+            ("cpu_cores", from.limits.cpu_millicores != to.limits.cpu_millicores, Self::limit_cpu),
+            ("cpu_weight", from.limits.cpu_weight != to.limits.cpu_weight, Self::weigh_cpu),
+            ("pids", from.limits.pids != to.limits.pids, Self::limit_pids),
+        ];
+        for (done, (limit, differs, write)) in writes.iter().enumerate() {
+            if *differs && let Err(errno) = write(self, to) {
+                self.put_back(&writes[..done], from);
+                return Err((limit, errno));
+            }
+        }
+        if from.limits.memory_bytes == to.limits.memory_bytes {
+            return Ok(());
+        }
+        let memory = self.control(Role::Memory);
+        memory.change_memory_limit(to.limits.memory_bytes).map_err(|errno| {
+            if errno != Errno::EBUSY {
+                self.put_back(&writes, from);
+                let _ = memory.change_memory_limit(from.limits.memory_bytes);
+            }
+            ("memory_bytes", errno)
+        })
+    }
+
+    /// Goes back to limits that have held before.
+    fn put_back(&self, writes: &[LimitWrite], to: &SandboxSpec) {
+        for (_, differs, write) in writes {
+            if *differs {
+                // they were taken before; what is refused now stays as it was last written
+                let _ = write(self, to);
+            }
+        }
+    }
+
+    fn weigh_cpu(&self, spec: &SandboxSpec) -> nix::Result<()> {
+        self.control(Role::Cpu).weigh_cpu(spec.limits.cpu_weight)
+    }
+
+    fn limit_pids(&self, spec: &SandboxSpec) -> nix::Result<()> {
+        self.control(Role::Pids).limit_pids(spec.limits.pids + spec.kind.own_pids())
     }
 
     /// Writes the CPU limit, or the tenant's if that is less: more would mean nothing on v2, and v1 refuses it.
@@ -105,42 +150,32 @@ impl Leaf {
         Extra::ALL.iter().filter(|extra| on_v1(extra)).all(|extra| in_tenant(extra.v1_name()))
     }
 
+    /// The processes in it.
+    pub(crate) fn processes(&self) -> std::io::Result<Vec<Pid>> {
+        self.level.dir(self.plan.roles[&Role::Pids]).processes()
+    }
+
+    /// The name of its directories.
+    pub(crate) fn name(&self) -> &str {
+        self.path.rsplit('/').next().unwrap_or(&self.path)
+    }
+
+    /// Orders it to stand still or to go on; [`Leaf::is_frozen`] tells when nothing runs any more.
+    pub(crate) fn freeze(&self, frozen: bool) -> nix::Result<()> {
+        self.plan.freezer(&self.level).set(frozen)
+    }
+
+    /// Whether every task is frozen, for whatever reason.
+    pub(crate) fn is_frozen(&self) -> nix::Result<bool> {
+        self.plan.freezer(&self.level).is_frozen()
+    }
+
     /// Kills everything in the leaf that the death of its init would not take with it at once, frozen or not.
     pub(crate) fn kill(&self) -> nix::Result<()> {
         self.control(Role::Freezer).thaw()?;
         match self.plan.v2 {
             Some(index) => v2::kill(self.level.dir(index)),
             None => Ok(()),
-        }
-    }
-
-    /// Processes that the OOM killer has taken in this leaf.
-    pub(crate) fn oom_kills(&self) -> u64 {
-        self.control(Role::Memory).oom_kills().unwrap_or(0)
-    }
-
-    /// Memory in use now.
-    pub(crate) fn memory_used(&self) -> u64 {
-        self.control(Role::Memory).memory_used().unwrap_or(0)
-    }
-
-    /// CPU time used so far.
-    pub(crate) fn cpu_used(&self) -> Option<Duration> {
-        self.control(Role::Cpuacct).cpu_total().map(Duration::from_micros)
-    }
-
-    /// Everything that the leaf counted. `own_pids` of them are the host's own.
-    pub(crate) fn usage(&self, own_pids: u32) -> Usage {
-        let (user, system) = self.control(Role::Cpuacct).cpu_times();
-        let peak = self.control(Role::Pids).pids_peak();
-        Usage {
-            wall_us: 0,
-            cpu_user_us: user,
-            cpu_system_us: system,
-            cpu_throttled_us: self.control(Role::Cpu).cpu_throttled(),
-            memory_peak_bytes: self.control(Role::Memory).memory_peak(),
-            pids_peak: peak.map(|peak| peak.saturating_sub(u64::from(own_pids))),
-            oom_kills: self.oom_kills(),
         }
     }
 }

@@ -6,6 +6,8 @@
 mod control;
 mod dir;
 pub mod extra;
+mod freezer;
+mod gauge;
 pub mod hierarchy;
 mod leaf;
 mod machine;

@@ -12,7 +12,7 @@ use super::extra::{Extra, Served};
 use super::machine::Machine;
 use super::settings::{self, MOST_BFQ_WEIGHT, Programs, WEIGHTS};
 use super::tree::Level;
-use super::{Plan, Role};
+use super::{Plan, Role, gauge, v2};
 use crate::ceiling::{Ceiling, CeilingError};
 
 /// How often and for how long a ceiling is tried again that the kernel refuses for the moment. Memory is tried less often:
@@ -40,6 +40,8 @@ pub(super) struct Tenant {
     wanted: Ceiling,
     pending: Option<Pending>,
     programs: Programs,
+    /// Bytes read from and written to block devices, as far as they have been told.
+    io_told: (u64, u64),
 }
 
 /// A change that is being tried again.
@@ -54,7 +56,7 @@ struct Pending {
 
 /// Why a ceiling could not be had.
 enum Trouble {
-    /// v1 only: more memory is in use, and what could be reclaimed has been.
+    /// More memory is in use, and what could be reclaimed in a moment has been.
     Memory,
     /// v1 only: a CPU quota below that of a cgroup which is removed already, but not yet let go of, some RCU grace periods
     /// later.
@@ -99,7 +101,8 @@ impl Tenant {
         }
         let (written, wanted) = (Ceiling::default(), Ceiling::default());
         let (level, idle_since) = (Rc::new(level), Instant::now());
-        Ok(Self { level, sandboxes: 0, idle_since, written, wanted, pending: None, programs })
+        let io_told = (0, 0);
+        Ok(Self { level, sandboxes: 0, idle_since, written, wanted, pending: None, programs, io_told })
     }
 
     pub(super) fn is_pending(&self) -> bool {
@@ -109,6 +112,20 @@ impl Tenant {
     /// The ceiling that holds, or will in a moment.
     pub(super) fn wanted(&self) -> &Ceiling {
         &self.wanted
+    }
+
+    /// Bytes that all of its sandboxes have read from and written to block devices since this was asked before. On v1
+    /// alone, where the kernel does not count them for each; and only while the tenant has block devices.
+    pub(super) fn io_since(&mut self, plan: &Plan) -> Option<(u64, u64)> {
+        let Ok(Served { index, v2: false }) = plan.served(Extra::Io) else { return None };
+        if !has_block_devices(&self.wanted) {
+            return None;
+        }
+        let files = ["blkio.throttle.io_service_bytes_recursive", "blkio.throttle.io_service_bytes"];
+        let text = files.iter().find_map(|file| self.level.dir(index).read(file).ok())?;
+        let (read, written) = gauge::io_bytes_v1(&text);
+        let (read_before, written_before) = std::mem::replace(&mut self.io_told, (read, written));
+        Some((read.saturating_sub(read_before), written.saturating_sub(written_before)))
     }
 
     /// Puts it under `ceiling`. False if that takes a moment; [`Tenant::try_again`] has to be called then. After an error
@@ -188,7 +205,7 @@ impl Tenant {
         let control = |role| plan.control(&self.level, role);
         let fails = |field: &'static str| move |errno| Trouble::Final(refused(field, errno));
         if now.memory_bytes != new.memory_bytes {
-            match control(Role::Memory).limit_memory(new.memory_bytes.unwrap_or(NO_CEILING_BYTES)) {
+            match control(Role::Memory).change_memory_limit(new.memory_bytes.unwrap_or(NO_CEILING_BYTES)) {
                 Err(Errno::EBUSY) => return Err(Trouble::Memory),
                 other => other.map_err(fails("memory_bytes"))?,
             }
@@ -246,6 +263,10 @@ impl Tenant {
             let taken = set(&new.devices).map_err(|errno| (errno, set(&now.devices)));
             taken.map_err(|(errno, _)| refused("devices", errno))?;
             now.devices.clone_from(&new.devices);
+            if let (true, Ok(Served { index, v2: true })) = (has_block_devices(new), ground.plan.served(Extra::Io)) {
+                // so that the kernel counts for each job what it reads and writes. It can do without
+                let _ = v2::delegate(level.dir(index), &["io"]);
+            }
         }
         if now.hugetlb != new.hugetlb {
             let Served { index, v2 } = ground.served(Extra::Hugetlb, "hugetlb")?;
@@ -354,6 +375,10 @@ impl Ground {
             _ => Ok(()),
         }
     }
+}
+
+fn has_block_devices(ceiling: &Ceiling) -> bool {
+    ceiling.devices.iter().any(|rule| rule.block)
 }
 
 fn refused(field: &str, errno: Errno) -> CeilingError {

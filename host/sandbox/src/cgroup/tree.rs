@@ -1,6 +1,6 @@
 //! The instance's cgroups: made at the start, a level for each tenant, swept at the end.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -77,6 +77,8 @@ pub(crate) struct Tree {
     /// The ceilings that have been changed, and confirmed, since this process began. What a launch brings along may be
     /// older.
     changed: HashMap<Name, Ceiling>,
+    /// Tenants of whom nothing is to run, whether or not they have a cgroup now.
+    frozen: HashSet<Name>,
 }
 
 /// What has become of ceilings that could not be had at once.
@@ -122,7 +124,8 @@ impl Tree {
         offer_extras(&mut plan, &base, &root);
         let (plan, root) = (Rc::new(plan), Rc::new(root));
         let ground = Rc::new(Ground { plan: plan.clone(), root: root.clone(), machine: Machine::look() });
-        Ok(Self { plan, base, name, root, ground, tenants: HashMap::new(), changed: HashMap::new() })
+        let (tenants, changed, frozen) = Default::default();
+        Ok(Self { plan, base, name, root, ground, tenants, changed, frozen })
     }
 
     /// Attaches this process to the cgroup that it is in. Nothing changes, but that the kernel keeps itself ready for
@@ -170,7 +173,12 @@ impl Tree {
                 Some(v2) => v2::delegate(&level.0[v2], &self.plan.v2_delegation()).map_err(refused),
                 None => Ok(()),
             };
-            match made.and_then(|()| Tenant::new(&self.plan, &self.root, level)) {
+            let freezer = self.plan.freezer(&level);
+            let stands = match freezer.v2 && self.frozen.contains(name) {
+                true => freezer.set(true).map_err(refused),
+                false => Ok(()),
+            };
+            match made.and(stands).and_then(|()| Tenant::new(&self.plan, &self.root, level)) {
                 Ok(tenant) => drop(self.tenants.insert(name.clone(), tenant)),
                 Err(error) => {
                     let _ = self.root.remove_below(name.as_str(), count);
@@ -199,9 +207,49 @@ impl Tree {
         Ok(holds)
     }
 
-    /// Forgets the ceiling of a tenant that is deleted.
+    /// Forgets the ceiling of a tenant that is deleted, and that it was frozen.
     pub(crate) fn forget(&mut self, name: &Name) {
         self.changed.remove(name);
+        // what cannot be thawed now is about to be killed
+        let _ = self.freeze(name, false, |_| false);
+    }
+
+    /// Freezes everything of a tenant, also what is still to come, or thaws it. On v1 the leaves that `spare` names are
+    /// left as they are. [`Tree::is_frozen`] tells when nothing runs any more.
+    pub(crate) fn freeze(&mut self, name: &Name, frozen: bool, spare: impl Fn(&str) -> bool) -> nix::Result<()> {
+        if frozen {
+            self.frozen.insert(name.clone());
+        } else {
+            self.frozen.remove(name);
+        }
+        let Some(tenant) = self.tenants.get(name) else { return Ok(()) };
+        let freezer = self.plan.freezer(&tenant.level);
+        if freezer.v2 { freezer.set(frozen) } else { freezer.set_below(frozen, spare) }
+    }
+
+    /// Freezes one leaf, or thaws it as far as its tenant is not frozen.
+    pub(crate) fn freeze_leaf(&self, leaf: &Leaf, frozen: bool) -> nix::Result<()> {
+        // on v1 the tenant's freeze is written to the same file
+        let stays = self.plan.v2.is_none() && self.frozen.contains(leaf.tenant());
+        if stays && !frozen { Ok(()) } else { leaf.freeze(frozen) }
+    }
+
+    /// Whether everything of a tenant stands still, but for the leaves that `spare` names on v1.
+    pub(crate) fn is_frozen(&self, name: &Name, spare: impl Fn(&str) -> bool) -> nix::Result<bool> {
+        let Some(tenant) = self.tenants.get(name) else { return Ok(self.frozen.contains(name)) };
+        let freezer = self.plan.freezer(&tenant.level);
+        if freezer.v2 { freezer.is_frozen() } else { freezer.are_frozen_below(spare) }
+    }
+
+    /// What a tenant's sandboxes have read from and written to block devices since this was asked before, where the kernel
+    /// counts it for the tenant and not for each of them.
+    pub(crate) fn io_since(&mut self, name: &Name) -> Option<(u64, u64)> {
+        self.tenants.get_mut(name)?.io_since(&self.plan)
+    }
+
+    /// Whether nothing of a tenant is to run.
+    pub(crate) fn freezes(&self, name: &Name) -> bool {
+        self.frozen.contains(name)
     }
 
     /// Tries ceilings again that could not be had at once.
@@ -244,7 +292,11 @@ impl Tree {
         let level = entry.level.make_below(name, self.plan.with_leaves)?;
         entry.sandboxes += 1;
         let path = format!("/{}/{tenant}/{name}", self.name);
-        Ok(Leaf::new(self.plan.clone(), entry.level.clone(), tenant.clone(), path, level))
+        let leaf = Leaf::new(self.plan.clone(), entry.level.clone(), tenant.clone(), path, level);
+        if self.frozen.contains(tenant) && self.plan.v2.is_none() {
+            leaf.freeze(true)?;
+        }
+        Ok(leaf)
     }
 
     /// Removes the leaf's directories. `EBUSY` gives it back, to be tried again: the last task may still be on its

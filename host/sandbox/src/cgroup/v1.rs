@@ -40,6 +40,24 @@ pub(super) fn limit_memory(dir: &Dir, bytes: u64) -> nix::Result<()> {
     dir.confirm("memory.limit_in_bytes", whole_pages)
 }
 
+/// The same for a cgroup with processes in it: lowering the limit makes the kernel reclaim what it can, for as long as
+/// it finds something, or until a signal comes (`EINTR`). By plain writes, as the library's are repeated after a signal.
+pub(super) fn change_memory_limit(dir: &Dir, bytes: u64) -> nix::Result<()> {
+    let whole_pages = bytes - bytes % PAGE_BYTES;
+    let (limit, with_swap) = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes");
+    let order =
+        if dir.number(limit).is_some_and(|now| now < whole_pages) { [with_swap, limit] } else { [limit, with_swap] };
+    for file in order {
+        match dir.write(file, &bytes.to_string()) {
+            // swap is not accounted by this kernel
+            Err(Errno::ENOENT) if file == with_swap => continue,
+            other => other?,
+        }
+        dir.confirm(file, whole_pages)?;
+    }
+    Ok(())
+}
+
 pub(super) fn limit_cpu(dir: &Dir, quota_us: u64, period_us: u64) -> nix::Result<()> {
     let cpu = CpuController::new(dir.path(), false);
     errno(cpu.set_cfs_period(period_us))?;

@@ -11,6 +11,7 @@ use nix::sched::CloneFlags;
 use nix::unistd::{Pid, Uid, getuid, seteuid, setfsuid};
 
 use super::live::{Live, READY_WITHIN, REAP_AGAIN, Stage};
+use super::pause::Pause;
 use super::{Launcher, MAX_ID, Source, WARM_FOR};
 use crate::cgroup::Leaf;
 use crate::error::{AtStep, LaunchError, Step};
@@ -134,6 +135,8 @@ impl Launcher<'_> {
     /// Takes a cloned process into the books; one that could not be readied is killed, and told of when it is dead.
     fn adopt(&mut self, id: SandboxId, newborn: Newborn, leaf: Leaf, ids: JobIds) {
         let Newborn { spec, pid, pidfd, network, gate, oom, ready } = newborn;
+        let now = Instant::now();
+        let pause = Pause::of_newborn(self.tree.freezes(leaf.tenant()), now);
         let live = Live {
             spec,
             pid,
@@ -145,13 +148,14 @@ impl Launcher<'_> {
             ids,
             stage: Stage::Entering,
             alarm: None,
+            pause,
             oom_until: None,
             failure: None,
             killed: None,
             told: None,
         };
         self.live.insert(id, live);
-        self.set_alarm(id, Some(Instant::now() + READY_WITHIN));
+        self.set_alarm(id, Some(now + READY_WITHIN));
         if let Err(error) = ready {
             self.fail(id, error);
             // its death may go unannounced, if that is what could not be watched

@@ -17,6 +17,7 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 
 use super::Launcher;
+use super::pause::Pause;
 use super::verify;
 use crate::cgroup::Leaf;
 use crate::error::{AtStep, LaunchError, Step};
@@ -56,6 +57,7 @@ pub(super) struct Live {
     pub(super) ids: JobIds,
     pub(super) stage: Stage,
     pub(super) alarm: Option<Instant>,
+    pub(super) pause: Pause,
     /// Until when an OOM kill that has been announced may still come.
     pub(super) oom_until: Option<Instant>,
     /// The first thing that went wrong before tenant code.
@@ -78,6 +80,19 @@ pub(super) enum Stage {
 }
 
 impl Live {
+    /// Whether it has come to its end, or is being brought there.
+    pub(super) fn is_dying(&self) -> bool {
+        self.killed.is_some() || self.failure.is_some() || self.told.is_some()
+    }
+
+    /// For how long tenant code has run, and how long it was paused in between, in microseconds.
+    pub(super) fn clocks(&self, now: Instant) -> (u64, u64) {
+        let Stage::Running(since) = self.stage else { return (0, 0) };
+        let paused = self.pause.total(now);
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        (micros(now.saturating_duration_since(since).saturating_sub(paused)), micros(paused))
+    }
+
     /// Stops everything in the sandbox. Safe to repeat.
     fn strike(&self) {
         // ESRCH: dead already, its pidfd says so in a moment
@@ -132,6 +147,7 @@ impl Launcher<'_> {
         let Some(live) = self.live.get_mut(&id) else { return };
         let now = Instant::now();
         live.stage = Stage::Running(now);
+        live.pause.begin(now);
         self.outbox.send(FromLauncher::Started(id));
         self.keep_time(id, now);
     }
@@ -184,6 +200,7 @@ impl Launcher<'_> {
                     self.bury(id);
                     self.set_alarm(id, Some(now + REAP_AGAIN));
                 }
+                Stage::Entering if live.pause.stands() => self.set_alarm(id, Some(now + READY_WITHIN)),
                 Stage::Entering => {
                     self.fail(id, LaunchError { step: Step::BecomeReady, errno: Errno::ETIMEDOUT as i32 });
                 }
@@ -194,7 +211,7 @@ impl Launcher<'_> {
     }
 
     /// Kills the sandbox if its wall or CPU time is over, or for an OOM; else says when to look again.
-    fn keep_time(&mut self, id: SandboxId, now: Instant) {
+    pub(super) fn keep_time(&mut self, id: SandboxId, now: Instant) {
         let Some(live) = self.live.get(&id) else { return };
         let Stage::Running(since) = live.stage else { return };
         let limits = live.spec.limits;
@@ -202,7 +219,11 @@ impl Launcher<'_> {
         if oom && live.leaf.oom_kills() > 0 {
             return self.kill(id, KillCause::Memory);
         }
-        let wall_end = since + limits.wall_time;
+        if live.pause.stands() {
+            // time stands still with it, but what has been announced may still come
+            return self.set_alarm(id, oom.then_some(now + OOM_CHECK));
+        }
+        let wall_end = since + limits.wall_time + live.pause.total(now);
         if now >= wall_end {
             return self.kill(id, KillCause::WallTime);
         }
@@ -242,7 +263,8 @@ impl Launcher<'_> {
         };
         self.set_alarm(id, None);
         let Some(live) = self.live.remove(&id) else { return };
-        let report = report(&live, status);
+        let tenant_io = self.tree.io_since(live.leaf.tenant());
+        let report = SandboxReport { tenant_io, ..report(&live, status) };
         let message = match live.failure {
             // whatever failed where the kernel had killed for memory failed for that
             Some(error) if report.usage.oom_kills == 0 => FromLauncher::Refused { id, error },
@@ -260,17 +282,12 @@ impl Launcher<'_> {
 
 fn report(live: &Live, status: Exit) -> SandboxReport {
     let mut usage = live.leaf.usage(live.spec.kind.own_pids());
-    let started = match live.stage {
-        Stage::Running(since) => {
-            usage.wall_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
-            true
-        }
-        Stage::Entering | Stage::Waiting => false,
-    };
+    (usage.wall_us, usage.paused_us) = live.clocks(Instant::now());
+    let started = matches!(live.stage, Stage::Running(_));
     // an OOM kill that ended the job before anybody was woken is one all the same
     let killed = live.killed.or((usage.oom_kills > 0).then_some(KillCause::Memory));
     // no pid 1 can be sent this signal from within its namespace
     let outside = live.told.is_none() && status == Exit::Signaled(Signal::SIGKILL as i32);
     let killed = killed.or(outside.then_some(KillCause::Outside));
-    SandboxReport { exit: live.told.unwrap_or(status), killed, started, usage }
+    SandboxReport { exit: live.told.unwrap_or(status), killed, started, usage, tenant_io: None }
 }

@@ -6,9 +6,12 @@
 
 mod birth;
 mod ceilings;
+mod control;
+mod listing;
 mod live;
 mod networks;
 mod outbox;
+mod pause;
 mod start;
 mod sweeper;
 pub(crate) mod verify;
@@ -21,6 +24,8 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags, EpollTimeout};
 
+use self::control::Freezing;
+use self::listing::Listing;
 use self::live::Live;
 use self::networks::Networks;
 use self::outbox::Outbox;
@@ -109,6 +114,10 @@ struct Launcher<'w> {
     alarms: BTreeSet<(Instant, SandboxId)>,
     /// Cgroups of dead sandboxes that could not be removed yet.
     leaving: Vec<Leaf>,
+    /// Freezes that have been ordered and not been seen to have happened.
+    freezing: Vec<Freezing>,
+    /// Lists of processes that have been begun, at most one a sandbox.
+    listings: Vec<Listing>,
     /// Until when the kernel is kept ready for launches, and when it was last reminded.
     warm: Option<(Instant, Instant)>,
 }
@@ -150,12 +159,15 @@ impl Launcher<'_> {
     /// Waits for events, or until something is due.
     fn wait(&mut self) -> nix::Result<Vec<Source>> {
         let now = Instant::now();
-        let alarm = self.alarms.first().map(|(at, _)| *at);
         let leaving = (!self.leaving.is_empty()).then(|| now + REMOVE_AGAIN);
         let idle = self.tree.remove_idle_tenants(now);
         let ceilings = self.settle_ceilings(now);
+        let freezes = self.settle_freezes(now);
+        let lists = self.list_some().then_some(now);
         let warm = self.keep_warm(now);
-        let next = [alarm, leaving, idle, ceilings, warm].into_iter().flatten().min();
+        // those before may have set one
+        let alarm = self.alarms.first().map(|(at, _)| *at);
+        let next = [alarm, leaving, idle, ceilings, freezes, lists, warm].into_iter().flatten().min();
         let timeout = next.map_or(EpollTimeout::NONE, |at| {
             // rounded up: a timer that rings early would ring again and again until it is due
             let ms = at.saturating_duration_since(now).as_micros().div_ceil(1000);
@@ -205,6 +217,8 @@ impl Launcher<'_> {
                 ToLauncher::Kill(id) => self.kill(id, KillCause::Requested),
                 ToLauncher::SetCeiling { request, tenant, ceiling } => self.change_ceiling(request, &tenant, &ceiling),
                 ToLauncher::ForgetCeiling(tenant) => self.tree.forget(&tenant),
+                ToLauncher::Order { request, id, order } => self.obey(request, id, order),
+                ToLauncher::FreezeTenant { request, tenant, frozen } => self.freeze_tenant(request, &tenant, frozen),
                 ToLauncher::Configure(_) => return false,
             }
         }

@@ -236,6 +236,8 @@ fn settle<'w>(
             live: HashMap::new(),
             alarms: BTreeSet::new(),
             leaving: Vec::new(),
+            freezing: Vec::new(),
+            listings: Vec::new(),
             warm: None,
         }),
     }

@@ -3,6 +3,7 @@
 //! Every function takes and gives owned, typed values and reports the call's own errno. Policy lives elsewhere:
 //! nothing here knows what a sandbox is.
 
+pub(crate) mod alarm;
 pub(crate) mod bpf;
 pub(crate) mod file;
 pub(crate) mod mount;

@@ -43,6 +43,7 @@ impl Task for Action {
                     std::hint::spin_loop();
                 }
             }
+            "40 children wait" => wait_with_children(40),
             "orphan spins 300 ms" => spin_in_an_orphan(Duration::from_millis(300)),
             "escape" => crate::escape::tell(),
             other => panic!("no action {other}"),
@@ -68,4 +69,14 @@ fn spin_in_an_orphan(cpu_time: Duration) {
     }
     drop(alive);
     nix::unistd::read(&wait, &mut [0]).unwrap();
+}
+
+fn wait_with_children(count: usize) {
+    for _ in 0..count {
+        // SAFETY: this process has one thread.
+        if let ForkResult::Child = unsafe { fork() }.unwrap() {
+            break;
+        }
+    }
+    std::thread::sleep(Duration::from_secs(60));
 }

@@ -73,6 +73,11 @@ impl Held {
     }
 }
 
+/// Whether there is a v2 hierarchy.
+pub(crate) fn has_v2() -> bool {
+    fs::read_to_string("/proc/mounts").unwrap().contains(" cgroup2 ")
+}
+
 /// The number of cgroup hierarchies in which a sandbox has a cgroup: one on pure v2.
 pub(crate) fn hierarchies() -> usize {
     Instance::new("none").cgroups.len()

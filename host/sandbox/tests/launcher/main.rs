@@ -13,6 +13,7 @@ mod hostile;
 mod inside;
 mod left;
 mod lies;
+mod orders;
 #[path = "../../../../tests/support/slowness.rs"]
 mod slowness;
 mod steps;
@@ -38,6 +39,7 @@ fn main() {
     trials.extend(hostile::trials());
     trials.extend(death::trials());
     trials.extend(escape::trials());
+    trials.extend(orders::trials());
     // the longest begin first
     trials.splice(0..0, stuck::trials());
     let names: Vec<String> = trials.iter().map(|trial| trial.name().to_owned()).collect();
