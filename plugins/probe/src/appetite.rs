@@ -4,6 +4,8 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
+use serde_json::{Value, json};
+
 use crate::sys::{Forked, exit_now, fork, ignore, kill, leave_session, wait_for};
 use crate::{Result, spin};
 
@@ -164,6 +166,29 @@ pub(crate) fn write_until_refused(bytes: usize) -> Result<String> {
     };
     fs::remove_file(path)?;
     Ok(format!("{written} {end}"))
+}
+
+/// Writes one file in `/tmp` until that is refused, then makes empty ones until that is, keeps all until its input ends, and
+/// tells how much it got and how it was refused. For a sandbox alone: there is no other end to it.
+pub(crate) fn fill_tmp_and_wait() -> Result<Value> {
+    let dir = std::env::temp_dir();
+    let errno = |error: io::Error| error.raw_os_error().unwrap_or(0);
+    let (mut bytes, mut files) = (0, 0);
+    let mut file = File::create(dir.join("large"))?;
+    let bytes_errno = loop {
+        match file.write(&[7; 65_536]) {
+            Ok(n) => bytes += n,
+            Err(error) => break errno(error),
+        }
+    };
+    let files_errno = loop {
+        match File::create(dir.join(files.to_string())) {
+            Ok(_) => files += 1,
+            Err(error) => break errno(error),
+        }
+    };
+    io::copy(&mut io::stdin(), &mut io::sink())?;
+    Ok(json!({"bytes": bytes, "files": files, "bytes_errno": bytes_errno, "files_errno": files_errno}))
 }
 
 /// Makes files in `/tmp` until it is refused or has `most`. Tells the number and the refusal.

@@ -8,6 +8,7 @@ mod calls;
 mod escape;
 mod hoard;
 mod kernel;
+mod obey;
 mod quota;
 mod raw;
 mod reach;
@@ -168,6 +169,7 @@ fn run(words: &[&str]) -> Result<ExitCode> {
         ["threads", most] => say(&appetite::threads_until_refused(most.parse()?).to_string())?,
         ["open-files", most] => say(&appetite::open_until_refused(most.parse()?)?)?,
         ["write-tmp", bytes] => say(&appetite::write_until_refused(bytes.parse()?)?)?,
+        ["fill-tmp-and-wait"] => say(&appetite::fill_tmp_and_wait()?.to_string())?,
         ["make-files", most] => say(&appetite::make_files_until_refused(most.parse()?)?)?,
         ["flood", stream, mib] => appetite::flood(stream, mib.parse()?)?,
         ["leave-behind", children, ms] => {
@@ -213,6 +215,15 @@ fn run(words: &[&str]) -> Result<ExitCode> {
         ["huge-map", bytes] => say(&shares::huge_map(bytes.parse()?).to_string())?,
         ["packet"] => say(&shares::packet()?.to_string())?,
 
+        // what is done to it while it runs
+        ["obey"] => say(&obey::obey()?.to_string())?,
+        ["converse", ms] => say(&obey::converse(Duration::from_millis(ms.parse()?))?.to_string())?,
+        ["odd-name"] => {
+            wrapped::rename(&b"a b\n\\\xff\"\x1bc"[..]);
+            io::copy(&mut io::stdin(), &mut io::sink())?;
+        }
+        ["park-in-vfork", ms] => obey::park_in_vfork(Duration::from_millis(ms.parse()?))?,
+
         // what goes in and out
         ["cat"] => drop(io::copy(&mut io::stdin(), &mut io::stdout())?),
         ["count"] => say(&io::copy(&mut io::stdin(), &mut io::sink())?.to_string())?,
@@ -233,8 +244,8 @@ fn say(text: &str) -> Result<()> {
     Ok(out.flush()?)
 }
 
-/// Uses so much CPU time, however long that takes.
-fn burn(time: Duration) {
+/// Uses CPU time until this process has had so much, however long that takes.
+pub(crate) fn burn(time: Duration) {
     while sys::cpu_time() < time {
         std::hint::spin_loop();
     }

@@ -202,7 +202,7 @@ pub(crate) fn send_fd(socket: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result<
 }
 
 /// What is written to the name of this thread shows in the host's list of processes.
-pub(crate) fn rename(name: &str) {
+pub(crate) fn rename(name: impl Into<Vec<u8>>) {
     let Ok(name) = CString::new(name) else { return };
     // SAFETY: the name ends and outlives the call.
     unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
@@ -295,4 +295,9 @@ pub(crate) fn real_time() -> io::Result<()> {
 /// A child that is the caller's sibling; 0 in it.
 pub(crate) fn clone_sibling() -> io::Result<c_long> {
     plain(libc::SYS_clone, [unsigned(libc::CLONE_PARENT | libc::SIGCHLD), 0, 0, 0])
+}
+
+/// A child for whose end or exec the caller is kept waiting; 0 in it. Unlike that of a `vfork` it has memory of its own.
+pub(crate) fn clone_and_park() -> io::Result<c_long> {
+    plain(libc::SYS_clone, [unsigned(libc::CLONE_VFORK | libc::SIGCHLD), 0, 0, 0])
 }
