@@ -109,6 +109,15 @@ fn every_route_of_the_contract_that_is_built_is_documented() {
         ("/v1/tenants/{t}/plugins/{p}", &["DELETE", "GET", "PATCH", "PUT"]),
         ("/v1/tenants/{t}/plugins/{p}/jobs", &["POST"]),
         ("/v1/tenants/{t}/jobs", &["GET"]),
+        ("/v1/tenants/{t}/pause", &["POST"]),
+        ("/v1/tenants/{t}/resume", &["POST"]),
+        ("/v1/tenants/{t}/usage", &["GET"]),
+        ("/v1/jobs/{id}", &["GET", "PATCH"]),
+        ("/v1/jobs/{id}/cancel", &["POST"]),
+        ("/v1/jobs/{id}/pause", &["POST"]),
+        ("/v1/jobs/{id}/resume", &["POST"]),
+        ("/v1/jobs/{id}/stats", &["GET"]),
+        ("/v1/jobs/{id}/processes", &["GET"]),
     ] {
         let found = documented.iter().find(|(documented, _)| documented == path);
         assert_eq!(
@@ -116,9 +125,6 @@ fn every_route_of_the_contract_that_is_built_is_documented() {
             Some(&methods.iter().map(ToString::to_string).collect::<Vec<_>>()[..]),
             "{path}"
         );
-    }
-    for path in ["/v1/jobs/{id}", "/v1/jobs/{id}/cancel"] {
-        assert!(documented.iter().any(|(documented, _)| documented == path), "{path}");
     }
 }
 
@@ -129,15 +135,8 @@ fn what_is_not_documented_answers_404() {
     let job = |rest: &str| format!("/v1/jobs/{}/{rest}", furnished.job_id);
     let routes = [
         ("GET", "/metrics".to_owned(), "/metrics"),
-        ("POST", job("pause"), "/v1/jobs/{id}/pause"),
-        ("POST", job("resume"), "/v1/jobs/{id}/resume"),
-        ("GET", job("stats"), "/v1/jobs/{id}/stats"),
-        ("GET", job("processes"), "/v1/jobs/{id}/processes"),
         ("GET", job("output"), "/v1/jobs/{id}/output"),
         ("GET", job("logs"), "/v1/jobs/{id}/logs"),
-        ("POST", "/v1/tenants/t/pause".to_owned(), "/v1/tenants/{t}/pause"),
-        ("POST", "/v1/tenants/t/resume".to_owned(), "/v1/tenants/{t}/resume"),
-        ("GET", "/v1/tenants/t/usage".to_owned(), "/v1/tenants/{t}/usage"),
         ("GET", "/fn/t/probe/x".to_owned(), "/fn/{t}/{p}/{path}"),
         ("GET", "/".to_owned(), "/"),
         ("GET", "/v1".to_owned(), "/v1"),
@@ -243,6 +242,10 @@ fn requests_on(tenant: &str) -> Vec<(&'static str, String)> {
         ("POST", below("/plugins/probe/jobs")),
         ("GET", below("/jobs")),
         ("GET", below("/jobs?nonsense=1")),
+        ("POST", below("/pause")),
+        ("POST", below("/resume")),
+        ("GET", below("/usage")),
+        ("GET", below("/usage?nonsense=1")),
         ("PUT", below("/plugins/probe?nonsense=1")),
     ]
 }
@@ -336,6 +339,8 @@ fn operator_routes_are_403_for_the_tenant_itself_and_404_where_there_is_nothing(
         ("GET", "/v1/tenants/t/keys"),
         ("POST", "/v1/tenants/t/keys"),
         ("DELETE", &own_key),
+        ("POST", "/v1/tenants/t/pause"),
+        ("POST", "/v1/tenants/t/resume"),
     ] {
         // the body is not looked at any more
         let answer = server.send(&key, method, path, &[("content-type", "image/png")], b"{");
@@ -356,6 +361,7 @@ fn a_missing_resource_comes_before_a_bad_body() {
         ("PATCH", "/v1/tenants/nobody"),
         ("PUT", "/v1/tenants/nobody/plugins/p"),
         ("PATCH", "/v1/tenants/t/plugins/nothing"),
+        ("PATCH", "/v1/jobs/01970000-0000-7000-8000-000000000000"),
         ("POST", "/v1/tenants/t/plugins/nothing/jobs"),
         ("POST", "/v1/tenants/nobody/plugins/probe/jobs"),
     ] {
@@ -376,6 +382,9 @@ fn a_tenant_does_everything_of_its_own_with_its_key() {
     let job = send("POST", "/v1/tenants/t/plugins/mine/jobs", b"hello").expect(200);
     assert_eq!(job.text(), "hello");
     send("GET", &format!("/v1/jobs/{}", job.header("holm-job-id")), b"").expect(200);
+    send("GET", &format!("/v1/jobs/{}/stats", job.header("holm-job-id")), b"").expect(200);
+    send("GET", &format!("/v1/jobs/{}/processes", job.header("holm-job-id")), b"").expect(200);
     send("GET", "/v1/tenants/t/jobs", b"").expect(200);
+    send("GET", "/v1/tenants/t/usage", b"").expect(200);
     send("DELETE", "/v1/tenants/t/plugins/mine", b"").expect(204);
 }

@@ -35,6 +35,7 @@ fn every_setting_of_a_tenant_is_taken_and_shown() {
         "job_defaults": {"memory_bytes": 64 << 20, "cpu_cores": 0.5, "fuel": 1000},
         "job_maximums": {"memory_bytes": 1 << 30, "wall_time_ms": 5000},
         "fresh_netns": true,
+        "priority": 7,
     });
     let made = server.put_json("/v1/tenants/a", &settings).expect(201).json();
     for (key, value) in settings.as_object().unwrap() {

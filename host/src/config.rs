@@ -34,6 +34,8 @@ pub struct Config {
     pub jobs_queued: usize,
     /// How long a job may wait.
     pub queue_timeout_ms: u64,
+    /// While a job waits for a place, let a running one of a tenant of lower `priority` stand still and lend its own.
+    pub freeze_lower_priority: bool,
     /// Connections at once.
     pub connections: usize,
     /// From the first byte of a request to the end of its headers.
@@ -83,6 +85,7 @@ impl Default for Config {
             jobs_running: 256,
             jobs_queued: 1024,
             queue_timeout_ms: 10_000,
+            freeze_lower_priority: false,
             connections: 4096,
             header_timeout_ms: 10_000,
             idle_timeout_ms: 75_000,

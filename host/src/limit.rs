@@ -4,6 +4,9 @@
 //! of range is an error, never clamped and never ignored; only a stored value that lies above a maximum lowered since
 //! is cut to it. Zero, negative and absent never mean unlimited.
 
+mod change;
+mod error;
+
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -12,6 +15,8 @@ use nix::sys::resource::{Resource, getrlimit};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Number, Value};
 use utoipa::ToSchema;
+
+pub use self::error::LimitError;
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
@@ -250,34 +255,6 @@ fn hard_open_files() -> u64 {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Given(BTreeMap<Limit, u64>);
 
-/// What is wrong with limits that somebody gave.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum LimitError {
-    /// No such limit, or a value that is no number of the right kind.
-    #[error("{0}")]
-    Malformed(String),
-    /// A value outside of its range.
-    #[error("`{}` is {given}, outside of {} to {}", limit.key(), limit.to_json(*minimum), limit.to_json(*maximum))]
-    OutOfRange {
-        /// Which limit.
-        limit: Limit,
-        /// The value as it was given.
-        given: Number,
-        /// The least allowed.
-        minimum: u64,
-        /// The greatest allowed here.
-        maximum: u64,
-    },
-    /// A limit that jobs of this runtime do not have.
-    #[error("`{}` does not apply to {} plugins", limit.key(), runtime.word())]
-    NotApplicable {
-        /// Which limit.
-        limit: Limit,
-        /// The plugin's runtime.
-        runtime: Runtime,
-    },
-}
-
 impl Given {
     /// Reads limits and checks them against the table, for a plugin of `runtime` where that is known, and against
     /// `maximums`.
@@ -407,6 +384,12 @@ impl Limits {
     #[must_use]
     pub fn get(&self, limit: Limit) -> u64 {
         self.values[limit as usize]
+    }
+
+    /// What runs within them.
+    #[must_use]
+    pub fn runtime(&self) -> Runtime {
+        self.runtime
     }
 
     /// As a JSON object, without what does not apply.

@@ -1,15 +1,22 @@
 //! Admission: which job may run now, which waits, which is turned away.
 //!
-//! A bounded number of jobs runs; a bounded number waits, for a bounded time. Waiting jobs are served tenant by tenant
-//! in turn, so that one tenant's backlog never delays another's single job by more than one place.
+//! A bounded number of jobs runs; a bounded number waits, for a bounded time. Waiting jobs are served by their tenants'
+//! priority, and tenant by tenant in turn among equals, so that one tenant's backlog never delays another's single job by
+//! more than one place. Where the operator wants it, a job can be made to lend its place to one of higher priority:
+//!
+//! ```text
+//! Taken ──a job of higher priority waits──▶ Lending ──it stands still──▶ Lent ──there is room──▶ Returning ──it runs──▶ Taken
+//! ```
 
-use std::collections::{HashMap, VecDeque};
+mod books;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use holm_sandbox::name::Name;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
+use self::books::{Books, Waiter};
 use crate::tenant::{QuotaKey, Tenant};
 
 /// What the server can do at once.
@@ -39,8 +46,20 @@ pub struct Allowance {
 #[derive(Debug)]
 pub struct Permit {
     admission: Admission,
-    tenant: Name,
-    pids: u64,
+    id: PermitId,
+}
+
+/// Which permit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PermitId(u64);
+
+/// What is to be done with a job that lends its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loan {
+    /// Let it stand still. [`Admission::lent`] is to be told what has become of it.
+    Freeze(PermitId),
+    /// Let it go on. [`Admission::returned`] is to be told when it does.
+    Thaw(PermitId),
 }
 
 /// A job that may not run.
@@ -52,6 +71,9 @@ pub enum AdmissionError {
     /// The job waited as long as it may, and it was its own tenant's jobs that kept it.
     #[error("the tenant's quota `jobs_running` of {0} was used up for too long")]
     TenantBusy(u64),
+    /// The job waited as long as it may, and its tenant is paused.
+    #[error("the tenant is paused")]
+    TenantPaused,
     /// The tenant asks more often than it may.
     #[error("the tenant's quota `requests_per_second` of {0} is used up")]
     TooManyRequests(u64),
@@ -74,47 +96,23 @@ pub struct Admission(Arc<Inner>);
 struct Inner {
     capacity: Capacity,
     books: Mutex<Books>,
-}
-
-#[derive(Debug, Default)]
-struct Books {
-    running: usize,
-    pids: u64,
-    queued: usize,
-    draining: bool,
-    next_waiter: u64,
-    tenants: HashMap<Name, TenantBooks>,
-    /// The tenants with waiting jobs, the one to serve next in front.
-    turn: VecDeque<Name>,
-}
-
-#[derive(Debug, Default)]
-struct TenantBooks {
-    running: usize,
-    waiting: VecDeque<Waiter>,
-    bucket: Option<Bucket>,
-}
-
-#[derive(Debug)]
-struct Waiter {
-    id: u64,
-    pids: u64,
-    most_running: u64,
-    grant: oneshot::Sender<Permit>,
-}
-
-/// A token bucket: `tokens` are left as of `at`.
-#[derive(Clone, Copy, Debug)]
-struct Bucket {
-    tokens: f64,
-    at: Instant,
+    /// Where jobs can lend their places: whoever makes them stand still. Unbounded, as what goes in is bounded: at most
+    /// one order for each job that runs.
+    loans: Option<mpsc::UnboundedSender<Loan>>,
 }
 
 impl Admission {
     /// With nothing running.
     #[must_use]
     pub fn new(capacity: Capacity) -> Self {
-        Self(Arc::new(Inner { capacity, books: Mutex::default() }))
+        Self(Arc::new(Inner { capacity, books: Mutex::default(), loans: None }))
+    }
+
+    /// The same, where jobs lend their places to those of higher priority. The receiver must be served.
+    #[must_use]
+    pub fn with_loans(capacity: Capacity) -> (Self, mpsc::UnboundedReceiver<Loan>) {
+        let (loans, orders) = mpsc::unbounded_channel();
+        (Self(Arc::new(Inner { capacity, books: Mutex::default(), loans: Some(loans) })), orders)
     }
 
     /// Counts a request of the tenant against its rate.
@@ -123,9 +121,8 @@ impl Admission {
     /// [`AdmissionError::TooManyRequests`].
     pub fn count_request(&self, tenant: &Tenant) -> Result<(), AdmissionError> {
         let rate = tenant.quota().get(QuotaKey::RequestsPerSecond);
-        let mut books = self.books();
-        let bucket = &mut books.tenants.entry(tenant.name().clone()).or_default().bucket;
-        if take_token(bucket, rate, Instant::now()) { Ok(()) } else { Err(AdmissionError::TooManyRequests(rate)) }
+        let granted = self.books().take_token(tenant.name(), rate, Instant::now());
+        if granted { Ok(()) } else { Err(AdmissionError::TooManyRequests(rate)) }
     }
 
     /// Waits for a place for a job of the tenant with up to `pids` processes.
@@ -148,152 +145,122 @@ impl Admission {
         allowance: Allowance,
         pids: u64,
     ) -> Result<Permit, AdmissionError> {
-        let (id, granted) = self.enqueue(tenant.name(), pids, allowance)?;
+        let (id, granted) = self.enqueue(tenant, pids, allowance)?;
         let _place = Place { admission: self, tenant: tenant.name(), id };
         match tokio::time::timeout(self.0.capacity.queue_timeout, granted).await {
             Ok(Ok(permit)) => Ok(permit),
             Ok(Err(_)) => Err(AdmissionError::Draining),
-            Err(_) => Err(self.why_so_long(tenant.name(), allowance.running)),
+            Err(_) => Err(self.books().why_so_long(tenant.name(), allowance.running)),
         }
+    }
+
+    /// Lets no job of a tenant begin, or lets them again.
+    pub fn pause(&self, tenant: &Name, paused: bool) {
+        self.change(|books| books.pause(tenant, paused));
+    }
+
+    /// Whether no job of a tenant may begin.
+    #[must_use]
+    pub fn is_paused(&self, tenant: &Name) -> bool {
+        self.books().is_paused(tenant)
+    }
+
+    /// Lets a job that runs have up to `pids` processes. Having had more before counts on: they may still be there.
+    ///
+    /// # Errors
+    /// [`AdmissionError::ServerFull`].
+    pub fn resize(&self, permit: PermitId, pids: u64) -> Result<(), AdmissionError> {
+        if self.books().resize(permit, pids, self.0.capacity.pids) { Ok(()) } else { Err(AdmissionError::ServerFull) }
+    }
+
+    /// A job that was to lend its place stands still, or cannot be made to.
+    pub fn lent(&self, permit: PermitId, frozen: bool) {
+        self.change(|books| books.lent(permit, frozen, Instant::now()));
+    }
+
+    /// Looks once more who may have a place: a job that could not lend its own may be asked again.
+    pub fn look_again(&self) {
+        self.change(|_| {});
+    }
+
+    /// A job that had lent its place runs again.
+    pub fn returned(&self, permit: PermitId) {
+        self.books().returned(permit);
     }
 
     /// Turns away everybody who waits, and everybody who comes.
     pub fn drain(&self) {
-        let mut books = self.books();
-        books.draining = true;
-        books.queued = 0;
-        books.turn.clear();
-        books.tenants.values_mut().for_each(|tenant| tenant.waiting.clear());
+        // those who lent their places have them back as far as there is room, the others as jobs end
+        self.change(Books::drain);
     }
 
     /// Jobs running and jobs waiting.
     #[must_use]
     pub fn load(&self) -> (usize, usize) {
-        let books = self.books();
-        (books.running, books.queued)
+        self.books().load()
     }
 
     /// Forgets a deleted tenant.
     pub fn forget(&self, tenant: &Name) {
-        let mut books = self.books();
-        if books.tenants.get(tenant).is_some_and(|t| t.running == 0 && t.waiting.is_empty()) {
-            books.tenants.remove(tenant);
-        }
+        self.books().forget(tenant);
     }
 
     fn books(&self) -> MutexGuard<'_, Books> {
         self.0.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Changes the books, then gives places to those who can have one now.
+    fn change(&self, change: impl FnOnce(&mut Books)) {
+        let unwanted = {
+            let mut books = self.books();
+            change(&mut books);
+            books.serve(self)
+        };
+        // permits for those who have just left: their places are given up after the lock on the books
+        drop(unwanted);
+    }
+
     fn enqueue(
         &self,
-        tenant: &Name,
+        tenant: &Tenant,
         pids: u64,
         allowance: Allowance,
     ) -> Result<(u64, oneshot::Receiver<Permit>), AdmissionError> {
         let (grant, granted) = oneshot::channel();
-        let capacity = &self.0.capacity;
+        let (name, priority) = (tenant.name(), tenant.priority());
         let mut books = self.books();
-        if books.draining {
-            return Err(AdmissionError::Draining);
-        }
-        books.next_waiter += 1;
-        let id = books.next_waiter;
-        let entry = books.tenants.entry(tenant.clone()).or_default();
-        let waiter = Waiter { id, pids, most_running: allowance.running, grant };
-        let was_waiting = entry.waiting.len();
-        entry.waiting.push_back(waiter);
-        if was_waiting == 0 {
-            books.turn.push_back(tenant.clone());
-        }
-        books.queued += 1;
+        let id = books.enqueue(name, |id| Waiter { id, pids, most_running: allowance.running, priority, grant })?;
         let unwanted = books.serve(self);
         // it had to be put in line to see whether there is a place at once; if not, is there one in line?
-        let waiting = books.tenants.get(tenant).map_or(0, |entry| entry.waiting.len());
+        let (waiting, queued) = books.waiting(name);
         let error = if waiting as u64 > allowance.waiting {
             AdmissionError::TenantQueueFull(allowance.waiting)
-        } else if books.queued > capacity.jobs_queued {
+        } else if queued > self.0.capacity.jobs_queued {
             AdmissionError::ServerFull
         } else {
             drop(books);
             drop(unwanted);
             return Ok((id, granted));
         };
-        books.leave(tenant, id);
+        let _ = books.leave(name, id);
         drop(books);
         drop(unwanted);
         Err(error)
     }
 
-    fn why_so_long(&self, tenant: &Name, quota: u64) -> AdmissionError {
-        let running = self.books().tenants.get(tenant).map_or(0, |entry| entry.running);
-        if running as u64 >= quota { AdmissionError::TenantBusy(quota) } else { AdmissionError::ServerBusy }
+    fn lend(&self, loan: Loan) {
+        if let Some(loans) = &self.0.loans {
+            // fails only when the server is ending
+            let _ = loans.send(loan);
+        }
     }
 }
 
-impl Books {
-    /// Gives places to those who wait, a tenant at a time, until the next one does not fit. What it gives back are
-    /// permits for those who have just left: to be dropped after the lock on the books.
+impl Permit {
+    /// Which one it is.
     #[must_use]
-    fn serve(&mut self, admission: &Admission) -> Vec<Permit> {
-        let capacity = admission.0.capacity;
-        let mut unwanted = Vec::new();
-        let mut passed_over = 0;
-        while passed_over < self.turn.len() {
-            let Some(name) = self.turn.pop_front() else { break };
-            let Some(tenant) = self.tenants.get_mut(&name) else {
-                continue;
-            };
-            let Some(next) = tenant.waiting.front() else { continue };
-            if tenant.running as u64 >= next.most_running {
-                // its own jobs keep it; the others need not wait for them
-                self.turn.push_back(name);
-                passed_over += 1;
-                continue;
-            }
-            // whoever comes first must fit first: else small jobs would keep a large one waiting for ever
-            if self.running >= capacity.jobs_running || self.pids + next.pids > capacity.pids {
-                self.turn.push_front(name);
-                break;
-            }
-            let Some(next) = tenant.waiting.pop_front() else {
-                continue;
-            };
-            if !tenant.waiting.is_empty() {
-                self.turn.push_back(name.clone());
-            }
-            passed_over = 0;
-            self.queued -= 1;
-            tenant.running += 1;
-            self.running += 1;
-            self.pids += next.pids;
-            let permit = Permit { admission: admission.clone(), tenant: name, pids: next.pids };
-            unwanted.extend(next.grant.send(permit).err());
-        }
-        unwanted
-    }
-
-    fn release(&mut self, tenant: &Name, pids: u64) {
-        self.running -= 1;
-        self.pids -= pids;
-        if let Some(entry) = self.tenants.get_mut(tenant) {
-            entry.running -= 1;
-        }
-    }
-
-    /// Takes a waiter out of the line, if it is still there.
-    fn leave(&mut self, tenant: &Name, id: u64) {
-        let Some(entry) = self.tenants.get_mut(tenant) else {
-            return;
-        };
-        let Some(position) = entry.waiting.iter().position(|waiter| waiter.id == id) else {
-            return;
-        };
-        entry.waiting.remove(position);
-        self.queued -= 1;
-        if entry.waiting.is_empty() {
-            self.turn.retain(|name| name != tenant);
-        }
+    pub fn id(&self) -> PermitId {
+        self.id
     }
 }
 
@@ -306,30 +273,18 @@ struct Place<'a> {
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
-        self.admission.books().leave(self.tenant, self.id);
+        let left = self.admission.books().leave(self.tenant, self.id);
+        if left {
+            // it may have been in others' way
+            self.admission.look_again();
+        }
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let unwanted = {
-            let mut books = self.admission.books();
-            books.release(&self.tenant, self.pids);
-            books.serve(&self.admission)
-        };
-        drop(unwanted);
+        self.admission.change(|books| books.release(self.id));
     }
-}
-
-/// Takes one token from a bucket that fills at `rate` a second and holds one second's worth.
-#[allow(clippy::cast_precision_loss)] // a rate is at most 100,000
-fn take_token(bucket: &mut Option<Bucket>, rate: u64, now: Instant) -> bool {
-    let full = rate as f64;
-    let Bucket { tokens, at } = bucket.unwrap_or(Bucket { tokens: full, at: now });
-    let tokens = (tokens + now.saturating_duration_since(at).as_secs_f64() * full).min(full);
-    let granted = tokens >= 1.0;
-    *bucket = Some(Bucket { tokens: if granted { tokens - 1.0 } else { tokens }, at: now });
-    granted
 }
 
 #[cfg(test)]
@@ -458,11 +413,155 @@ mod tests {
         assert_eq!(admission.load(), (0, 0));
     }
 
-    #[test]
-    fn a_bucket_gives_a_second_s_worth_and_fills_up_again() {
-        let (mut bucket, start) = (None, Instant::now());
-        assert_eq!((0..20).filter(|_| take_token(&mut bucket, 5, start)).count(), 5);
-        let later = start + Duration::from_millis(400);
-        assert_eq!((0..20).filter(|_| take_token(&mut bucket, 5, later)).count(), 2);
+    fn ranked(name: &str, priority: u32) -> Tenant {
+        let settings: TenantSettings = serde_json::from_str(&format!("{{\"priority\": {priority}}}")).unwrap();
+        let row = TenantRow { name: name.parse().unwrap(), settings, created_at: Timestamp::UNIX_EPOCH };
+        Caller::Operator.tenant(Some(Arc::new(row))).unwrap()
+    }
+
+    fn lending(jobs_running: usize, pids: u64) -> (Admission, mpsc::UnboundedReceiver<Loan>) {
+        let queue_timeout = Duration::from_secs(60);
+        Admission::with_loans(Capacity { jobs_running, pids, jobs_queued: 9, queue_timeout })
+    }
+
+    /// Waits in line, in a task of its own, for a place.
+    async fn in_line(
+        admission: &Admission,
+        tenant: &Tenant,
+        pids: u64,
+    ) -> tokio::task::JoinHandle<Result<Permit, AdmissionError>> {
+        let (_, before) = admission.load();
+        let (line, tenant) = (admission.clone(), tenant.clone());
+        let waits = tokio::spawn(async move { line.admit(&tenant, pids).await });
+        while admission.load().1 == before {
+            tokio::task::yield_now().await;
+        }
+        waits
+    }
+
+    #[tokio::test]
+    async fn the_highest_priority_is_served_first() {
+        let admission = admission(1, 1000, 100);
+        let first = admission.admit(&ranked("a", 1), 1).await.unwrap();
+        let mut tasks = Vec::new();
+        let order = Arc::new(Mutex::new(Vec::new()));
+        for (name, priority) in [("a", 1), ("b", 5), ("c", 5), ("b", 5), ("d", 9)] {
+            let (admission, order) = (admission.clone(), order.clone());
+            tasks.push(tokio::spawn(async move {
+                let permit = admission.admit(&ranked(name, priority), 1).await.unwrap();
+                order.lock().unwrap().push(name);
+                drop(permit);
+            }));
+            tokio::task::yield_now().await;
+        }
+        drop(first);
+        for task in tasks {
+            task.await.unwrap();
+        }
+        assert_eq!(*order.lock().unwrap(), ["d", "b", "c", "b", "a"]);
+    }
+
+    #[tokio::test]
+    async fn a_place_is_lent_upwards_once_its_holder_stands_still_and_comes_back() {
+        let (admission, mut loans) = lending(1, 100);
+        let (low, high) = (ranked("low", 1), ranked("high", 2));
+        let lender = admission.admit(&low, 10).await.unwrap();
+        let equal = in_line(&admission, &low, 10).await;
+        assert!(loans.try_recv().is_err(), "nobody lends to an equal");
+        let waits = in_line(&admission, &high, 10).await;
+        assert_eq!(loans.try_recv(), Ok(Loan::Freeze(lender.id())));
+        assert_eq!(admission.load(), (1, 2), "not before it stands still");
+        admission.lent(lender.id(), true);
+        let borrower = waits.await.unwrap().unwrap();
+        assert_eq!(admission.load(), (1, 1));
+        drop(borrower);
+        assert_eq!(loans.try_recv(), Ok(Loan::Thaw(lender.id())), "before an equal that came later");
+        assert_eq!(admission.load(), (1, 1));
+        admission.returned(lender.id());
+        drop(lender);
+        drop(equal.await.unwrap().unwrap());
+        assert_eq!(admission.load(), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn a_holder_that_cannot_stand_still_or_has_gone_is_in_nobody_s_way() {
+        let (admission, mut loans) = lending(2, 100);
+        let (low, high) = (ranked("low", 1), ranked("high", 2));
+        let (first, second) = (admission.admit(&low, 10).await.unwrap(), admission.admit(&low, 10).await.unwrap());
+        let waits = in_line(&admission, &high, 10).await;
+        assert_eq!(loans.try_recv(), Ok(Loan::Freeze(second.id())), "the one that has run less");
+        admission.lent(second.id(), false);
+        assert_eq!(loans.try_recv(), Ok(Loan::Freeze(first.id())), "the other one, then");
+        let gone = first.id();
+        drop(first);
+        let borrower = waits.await.unwrap().unwrap();
+        admission.lent(gone, true);
+        assert_eq!(admission.load(), (2, 0));
+        // a lender that ends while its place is lent leaves the other its place
+        let waits = in_line(&admission, &ranked("higher", 3), 10).await;
+        assert_eq!(
+            loans.try_recv(),
+            Ok(Loan::Freeze(borrower.id())),
+            "the one that refused is not asked again so soon"
+        );
+        admission.lent(borrower.id(), true);
+        let highest = waits.await.unwrap().unwrap();
+        drop(borrower);
+        assert_eq!(admission.load(), (2, 0));
+        drop((highest, second));
+        assert_eq!(admission.load(), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn no_more_places_are_asked_for_than_can_be_used() {
+        let (admission, mut loans) = lending(3, 100);
+        let (low, high) = (ranked("low", 1), ranked("high", 2));
+        let mut lenders = Vec::new();
+        for _ in 0..3 {
+            lenders.push(admission.admit(&low, 20).await.unwrap());
+        }
+        // one more fits by its pids, a second does not
+        let waits = in_line(&admission, &high, 40).await;
+        assert!(loans.try_recv().is_ok() && loans.try_recv().is_err());
+        waits.abort();
+        let _ = waits.await;
+        admission.lent(lenders[2].id(), true);
+        assert_eq!(loans.try_recv(), Ok(Loan::Thaw(lenders[2].id())), "nobody waits any more");
+        admission.returned(lenders[2].id());
+        let waits = in_line(&admission, &high, 50).await;
+        assert!(loans.try_recv().is_err(), "its pids are more than there are");
+        drop(lenders);
+        drop(waits.await.unwrap().unwrap());
+        assert_eq!(admission.load(), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn a_paused_tenant_s_jobs_wait_and_say_why() {
+        let admission = admission(2, 1000, 10);
+        let (a, b) = (tenant("a", 9, 9), tenant("b", 9, 9));
+        admission.pause(a.name(), true);
+        assert_eq!(admission.admit(&a, 1).await.unwrap_err(), AdmissionError::TenantPaused);
+        assert!(admission.admit(&b, 1).await.is_ok(), "another tenant is not kept waiting");
+        let waits = in_line(&admission, &a, 1).await;
+        admission.pause(a.name(), false);
+        drop(waits.await.unwrap().unwrap());
+        admission.pause(a.name(), true);
+        admission.forget(a.name());
+        assert!(admission.admit(&a, 1).await.is_ok(), "the next of its name begins anew");
+    }
+
+    #[tokio::test]
+    async fn pids_grow_as_far_as_there_is_room_and_never_shrink() {
+        let admission = admission(9, 100, 10);
+        let a = tenant("a", 9, 9);
+        let (one, two) = (admission.admit(&a, 40).await.unwrap(), admission.admit(&a, 40).await.unwrap());
+        assert_eq!(admission.resize(one.id(), 61), Err(AdmissionError::ServerFull));
+        assert_eq!(admission.resize(one.id(), 60), Ok(()));
+        assert_eq!(admission.resize(one.id(), 1), Ok(()), "its processes may still be there");
+        assert_eq!(admission.resize(two.id(), 41), Err(AdmissionError::ServerFull));
+        drop(one);
+        assert_eq!(admission.resize(two.id(), 100), Ok(()));
+        drop(two);
+        assert!(admission.admit(&a, 100).await.is_ok());
     }
 }

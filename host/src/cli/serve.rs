@@ -152,6 +152,8 @@ async fn live(ready: Ready) -> Result<u8, Fatal> {
     let listener = tokio::net::TcpListener::from_std(listener).or_exit(EX_OSERR)?;
     let address = listener.local_addr().or_exit(EX_OSERR)?;
     let app = assemble(&config, dir, operator, launcher, engine).or_exit(EX_OSERR)?;
+    pause_again(&app).await.or_exit(EX_OSERR)?;
+    tokio::spawn(app.jobs.clone().keep_accounts());
 
     let stop = CancellationToken::new();
     let mut serving = tokio::spawn(serve(listener, app.clone(), stop.clone()));
@@ -169,6 +171,10 @@ async fn live(ready: Ready) -> Result<u8, Fatal> {
         }
     }
     drain(&app, &config, &mut signals, &stop, &mut serving).await;
+    if let Err(error) = app.jobs.settle_accounts().await {
+        tracing::error!(%error, "what the last jobs have used was not written down");
+        code = EX_SOFTWARE;
+    }
     drop(app);
     serving.abort();
     driver.abort();
@@ -192,7 +198,14 @@ fn assemble(
 ) -> anyhow::Result<App> {
     let pid_max = fs::read_to_string("/proc/sys/kernel/pid_max").ok().and_then(|text| text.trim().parse().ok());
     let store = Store::open(dir).context("open the store")?;
-    let admission = Admission::new(capacity(config, pid_max.unwrap_or(LEAST_PID_MAX)));
+    let capacity = capacity(config, pid_max.unwrap_or(LEAST_PID_MAX));
+    let (admission, loans) = match config.freeze_lower_priority {
+        true => {
+            let (admission, loans) = Admission::with_loans(capacity);
+            (admission, Some(loans))
+        }
+        false => (Admission::new(capacity), None),
+    };
     let compiler = Arc::new(Compiler::new(launcher.clone(), compile_limits(config), engine));
     let jobs = Jobs::new(
         admission.clone(),
@@ -200,6 +213,9 @@ fn assemble(
         compiler.clone(),
         store.clone(),
     );
+    if let Some(loans) = loans {
+        tokio::spawn(jobs.clone().serve_loans(loans));
+    }
     Ok(App::new(AppParts {
         store,
         jobs,
@@ -213,6 +229,15 @@ fn assemble(
         tenant_changes: tokio::sync::Mutex::default(),
         draining: AtomicBool::new(false),
     }))
+}
+
+/// Tenants that were paused when the last server ended are so from the first.
+async fn pause_again(app: &App) -> anyhow::Result<()> {
+    for tenant in app.store.tenants().iter().filter(|tenant| app.store.is_paused(&tenant.name)) {
+        let paused = app.jobs.pause_tenant(&app.launcher, &tenant.name, true).await;
+        paused.with_context(|| format!("pause the tenant `{}` again", tenant.name))?;
+    }
+    Ok(())
 }
 
 /// What the configuration allows at once, on a host with so many pids.

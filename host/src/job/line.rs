@@ -1,14 +1,12 @@
 //! The connection to an HTTP guest: its standard streams, and the count of what goes over them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::net::unix::pipe;
 
+use super::entry::Entry;
 use super::outcome::Stop;
-use super::registry::Entry;
 use crate::launcher::Killer;
-use crate::limit::{Limit, Limits};
 
 /// The host's ends of an HTTP guest's streams, which carry one request and its response as HTTP/1.1.
 #[derive(Debug)]
@@ -23,16 +21,9 @@ pub struct Line {
 
 /// Counts the bytes of the bodies, and ends a job whose limit is passed. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Meter(Arc<Counts>);
-
-#[derive(Debug)]
-struct Counts {
+pub struct Meter {
     entry: Arc<Entry>,
     killer: Killer,
-    input: AtomicU64,
-    input_limit: u64,
-    output: AtomicU64,
-    output_limit: u64,
 }
 
 /// A body is longer than the job's limit; the job is being ended.
@@ -41,15 +32,8 @@ struct Counts {
 pub struct OverLimit;
 
 impl Meter {
-    pub(super) fn new(entry: Arc<Entry>, killer: Killer, limits: &Limits) -> Self {
-        Self(Arc::new(Counts {
-            entry,
-            killer,
-            input: AtomicU64::new(0),
-            input_limit: limits.get(Limit::InputBytes),
-            output: AtomicU64::new(0),
-            output_limit: limits.get(Limit::OutputBytes),
-        }))
+    pub(super) fn new(entry: Arc<Entry>, killer: Killer) -> Self {
+        Self { entry, killer }
     }
 
     /// So many more bytes of the request's body have come from the client.
@@ -57,8 +41,8 @@ impl Meter {
     /// # Errors
     /// They are too many.
     pub fn count_input(&self, bytes: usize) -> Result<(), OverLimit> {
-        let total = self.0.input.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
-        if total > self.0.input_limit { self.end(Stop::InputOver(total)) } else { Ok(()) }
+        let (reached, allowed) = self.entry.flows.input.count(bytes);
+        if reached > allowed { self.end(Stop::InputOver { reached, allowed }) } else { Ok(()) }
     }
 
     /// So many more bytes of the response's body have come from the guest.
@@ -66,8 +50,8 @@ impl Meter {
     /// # Errors
     /// They are too many.
     pub fn count_output(&self, bytes: usize) -> Result<(), OverLimit> {
-        let total = self.0.output.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
-        if total > self.0.output_limit { self.end(Stop::OutputOver) } else { Ok(()) }
+        let (reached, allowed) = self.entry.flows.output.count(bytes);
+        if reached > allowed { self.end(Stop::OutputOver { allowed }) } else { Ok(()) }
     }
 
     /// The request's body broke off, or came too slowly.
@@ -77,23 +61,13 @@ impl Meter {
 
     /// Waits until the job is over.
     pub async fn over(&self) {
-        self.0.entry.finished().await;
+        self.entry.finished().await;
     }
 
     fn end(&self, why: Stop) -> Result<(), OverLimit> {
         // the first reason stands; killing twice does no harm
-        let _ = self.0.entry.stop.set(why);
-        self.0.killer.kill();
+        let _ = self.entry.stop.set(why);
+        self.killer.kill();
         Err(OverLimit)
-    }
-
-    /// Bytes of the request's body.
-    pub(super) fn input(&self) -> u64 {
-        self.0.input.load(Ordering::Relaxed)
-    }
-
-    /// Bytes of the response's body.
-    pub(super) fn output(&self) -> u64 {
-        self.0.output.load(Ordering::Relaxed)
     }
 }

@@ -1,5 +1,8 @@
 //! Jobs: one run of a plugin each, from its submission to its record.
 
+mod accounts;
+mod control;
+mod entry;
 mod line;
 mod outcome;
 mod record;
@@ -21,17 +24,20 @@ use tokio::sync::oneshot;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
+use self::accounts::Accounts;
+pub use self::control::ControlError;
+use self::entry::Entry;
 pub use self::line::{Line, Meter, OverLimit};
 pub use self::outcome::{Outcome, Stop};
-pub use self::record::{IsolationRecord, JobRecord, Start, State, UsageRecord};
-use self::registry::{Entry, Registry};
+pub use self::record::{IsolationRecord, JobRecord, Start, State, StatsRecord, UsageRecord};
+use self::registry::Registry;
 pub use self::registry::{FINISHED_KEPT, Selection};
 pub use self::run::{OWN_ENV, USUAL_ENV};
 use crate::admission::{Admission, AdmissionError};
 use crate::launcher::{Content, Parking};
 use crate::limit::{Limits, Runtime};
 use crate::plugin::Plugin;
-use crate::store::{Store, open_if_there};
+use crate::store::{Span, Store, StoreError, Totals, open_if_there};
 use crate::tenant::Tenant;
 use crate::upload::Compiler;
 
@@ -44,6 +50,8 @@ pub struct JobRequest {
     pub plugin: Arc<Plugin>,
     /// Within which limits.
     pub limits: Limits,
+    /// Within which it would be had the request given none.
+    pub defaults: Limits,
     /// Arguments, the program's own name not counted.
     pub args: Vec<String>,
     /// Environment, on top of what every job has.
@@ -125,6 +133,7 @@ struct Inner {
     compiler: Arc<Compiler>,
     store: Store,
     registry: Registry,
+    accounts: Accounts,
     tasks: TaskTracker,
 }
 
@@ -132,15 +141,15 @@ impl Jobs {
     /// With no job yet.
     #[must_use]
     pub fn new(admission: Admission, parking: Parking, compiler: Arc<Compiler>, store: Store) -> Self {
-        let (registry, tasks) = (Registry::default(), TaskTracker::new());
-        Self(Arc::new(Inner { admission, parking, compiler, store, registry, tasks }))
+        let (registry, accounts, tasks) = (Registry::default(), Accounts::new(store.clone()), TaskTracker::new());
+        Self(Arc::new(Inner { admission, parking, compiler, store, registry, accounts, tasks }))
     }
 
     /// Starts a job in a task of its own: whoever submitted it may go away at any moment without leaving half a launch
     /// behind.
     #[must_use]
     pub fn submit(&self, request: JobRequest, supply: Supply) -> Submitted {
-        let entry = Arc::new(new_entry(&request));
+        let entry = Arc::new(self.new_entry(&request));
         self.0.registry.insert(entry.clone());
         // whoever deletes a tenant or plugin ends the jobs that it finds; this one may have come too late to be found
         if self.0.store.plugin(&entry.tenant, &entry.plugin).is_none() {
@@ -218,7 +227,30 @@ impl Jobs {
         }
         self.unpark(tenant, None);
         self.0.registry.forget(tenant);
+        self.0.accounts.forget(tenant);
+        self.hold_new_ones(tenant, false);
         self.0.admission.forget(tenant);
+    }
+
+    /// Writes down now and then what jobs have used, for as long as the server runs.
+    pub async fn keep_accounts(self) {
+        self.0.accounts.keep().await;
+    }
+
+    /// Writes down what jobs have used that are over.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn settle_accounts(&self) -> Result<(), StoreError> {
+        self.0.accounts.write().await
+    }
+
+    /// What a tenant's jobs have used that ended in a span of time.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn usage(&self, tenant: &Name, span: Span) -> Result<Totals, StoreError> {
+        self.0.accounts.usage(tenant, span).await
     }
 
     /// Waits until every job is over. New ones must be turned away before.
@@ -228,33 +260,34 @@ impl Jobs {
         self.0.tasks.wait().await;
     }
 
+    fn new_entry(&self, request: &JobRequest) -> Entry {
+        let (tenant, plugin) = (request.tenant.name(), &request.plugin);
+        let record = JobRecord {
+            id: Uuid::now_v7(),
+            tenant: tenant.to_string(),
+            plugin: plugin.name.to_string(),
+            revision: plugin.revision.to_string(),
+            state: State::Queued,
+            outcome: None,
+            attempt: 1,
+            created_at: Timestamp::now(),
+            start: None,
+            started_at: None,
+            finished_at: None,
+            limits: request.limits.to_json(),
+            usage: UsageRecord::default(),
+            isolation: None,
+        };
+        let (names, paused) = ((tenant.clone(), plugin.name.clone()), self.0.registry.paused(tenant));
+        Entry::new(names, record, &request.limits, request.defaults.clone(), paused)
+    }
+
     /// Ends every job because the server stops.
     pub fn end_all(&self) {
         for entry in self.0.registry.all_live() {
             entry.stop(Stop::Draining);
         }
     }
-}
-
-fn new_entry(request: &JobRequest) -> Entry {
-    let (tenant, plugin) = (request.tenant.name(), &request.plugin);
-    let record = JobRecord {
-        id: Uuid::now_v7(),
-        tenant: tenant.to_string(),
-        plugin: plugin.name.to_string(),
-        revision: plugin.revision.to_string(),
-        state: State::Queued,
-        outcome: None,
-        attempt: 1,
-        created_at: Timestamp::now(),
-        start: None,
-        started_at: None,
-        finished_at: None,
-        limits: request.limits.to_json(),
-        usage: UsageRecord::default(),
-        isolation: None,
-    };
-    Entry::new(tenant.clone(), plugin.name.clone(), record)
 }
 
 impl Submitted {

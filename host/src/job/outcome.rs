@@ -90,10 +90,18 @@ pub enum Stop {
     Cancelled,
     /// Its client stopped sending its input, or sent it too slowly.
     InputBroken,
-    /// Its input is longer than `input_bytes`. So many bytes had come.
-    InputOver(u64),
-    /// A stream of its output is longer than `output_bytes`.
-    OutputOver,
+    /// Its input is longer than `input_bytes` was.
+    InputOver {
+        /// So many bytes had come.
+        reached: u64,
+        /// So many were allowed then.
+        allowed: u64,
+    },
+    /// A stream of its output is longer than `output_bytes` was.
+    OutputOver {
+        /// So many bytes were allowed then.
+        allowed: u64,
+    },
     /// The server's own pipe or disk failed.
     HostFailed,
     /// The server is stopping and cannot wait any longer.
@@ -118,6 +126,9 @@ pub(super) struct Evidence<'a> {
 impl Evidence<'_> {
     /// The verdict. Limits that were broken come first, the kernel's word second, the sandbox's own last.
     pub(super) fn outcome(&self) -> Outcome {
+        if let Some(Stop::OutputOver { allowed }) = self.stop {
+            return over(Limit::OutputBytes, allowed, self.output_bytes);
+        }
         if self.output_bytes > self.limits.get(Limit::OutputBytes) {
             return self.over(Limit::OutputBytes, self.output_bytes);
         }
@@ -157,9 +168,9 @@ impl Evidence<'_> {
     fn stopped(&self) -> Outcome {
         match self.stop {
             Some(Stop::Cancelled | Stop::InputBroken) => Outcome::Cancelled,
-            Some(Stop::InputOver(bytes)) => self.over(Limit::InputBytes, bytes),
-            // the bytes were counted above; a kill for output that was not too long cannot be
-            Some(Stop::OutputOver | Stop::HostFailed | Stop::Draining) | None => Outcome::Lost,
+            Some(Stop::InputOver { reached, allowed }) => over(Limit::InputBytes, allowed, reached),
+            // output that was too long is told above
+            Some(Stop::OutputOver { .. } | Stop::HostFailed | Stop::Draining) | None => Outcome::Lost,
         }
     }
 
@@ -196,9 +207,12 @@ impl Evidence<'_> {
     }
 
     fn over(&self, limit: Limit, reached: u64) -> Outcome {
-        let allowed = limit.to_json(self.limits.get(limit));
-        Outcome::OverLimit { limit: limit.key(), allowed, reached: limit.to_json(reached) }
+        over(limit, self.limits.get(limit), reached)
     }
+}
+
+fn over(limit: Limit, allowed: u64, reached: u64) -> Outcome {
+    Outcome::OverLimit { limit: limit.key(), allowed: limit.to_json(allowed), reached: limit.to_json(reached) }
 }
 
 /// Fuel that the guest is said to have used. Never more than it had: the figure comes from a process that ran a
@@ -289,9 +303,12 @@ mod tests {
         assert_eq!(memory.outcome(), expected, "at least the limit was reached");
         let output = Case { output_bytes: (4 << 20) + 1, ..Case::native(Exit::Exited(0)) };
         assert_eq!(output.outcome()["limit"], "output_bytes", "also of a job that has ended well by then");
+        let raised = Some(Stop::OutputOver { allowed: 7 });
+        let outcome = Case { output_bytes: 9, stop: raised, ..Case::native(Exit::Signaled(9)) }.outcome();
+        assert_eq!((&outcome["allowed"], &outcome["reached"]), (&json!(7), &json!(9)), "though it was raised since");
         let fuel = Case::wasm(Some(Report::Wasm { end: WasmEnd::OutOfFuel, fuel_used: 9 }));
         assert_eq!(fuel.outcome()["limit"], "fuel");
-        let stop = Some(Stop::InputOver(17 << 20));
+        let stop = Some(Stop::InputOver { reached: 17 << 20, allowed: 16 << 20 });
         let input = Case { killed: Some(KillCause::Requested), stop, ..Case::native(Exit::Signaled(9)) };
         assert_eq!(input.outcome()["limit"], "input_bytes");
     }

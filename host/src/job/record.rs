@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use holm_sandbox::usage::{Isolation, SandboxReport};
+use holm_sandbox::usage::{Isolation, Stall, StallTime, Stats, Usage};
 use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use super::entry::Flows;
 use super::outcome::Outcome;
 
 /// Where a job is in its life.
@@ -19,6 +20,8 @@ pub enum State {
     Queued,
     /// In a sandbox, or on its way into one.
     Running,
+    /// The same, and nothing of it runs: by order, or while its tenant is paused or one of higher priority has its place.
+    Paused,
     /// Over.
     Finished,
 }
@@ -30,6 +33,7 @@ impl State {
         match word {
             "queued" => Some(Self::Queued),
             "running" => Some(Self::Running),
+            "paused" => Some(Self::Paused),
             "finished" => Some(Self::Finished),
             _ => None,
         }
@@ -94,8 +98,11 @@ pub struct UsageRecord {
     pub queue_us: u64,
     /// From having a place to the first instruction of the plugin.
     pub launch_us: u64,
-    /// From there to the end.
+    /// From there to the end, time in which it was paused left out.
     pub wall_us: u64,
+    /// How long it was paused, if it was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub paused_us: Option<u64>,
     /// CPU time in user mode.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_user_us: Option<u64>,
@@ -111,6 +118,12 @@ pub struct UsageRecord {
     /// The most processes and threads at once.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pids_peak: Option<u64>,
+    /// Bytes read from block devices.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub io_read_bytes: Option<u64>,
+    /// Bytes written to block devices.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub io_write_bytes: Option<u64>,
     /// WebAssembly work done.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fuel_used: Option<u64>,
@@ -122,14 +135,96 @@ pub struct UsageRecord {
 
 impl UsageRecord {
     /// Fills in what the kernel counted.
-    pub(super) fn measure(&mut self, end: &SandboxReport) {
-        let usage = end.usage;
+    pub(super) fn measure(&mut self, usage: &Usage) {
         self.wall_us = usage.wall_us;
+        self.paused_us = (usage.paused_us > 0).then_some(usage.paused_us);
         self.cpu_user_us = usage.cpu_user_us;
         self.cpu_system_us = usage.cpu_system_us;
         self.cpu_throttled_us = usage.cpu_throttled_us;
         self.memory_peak_bytes = usage.memory_peak_bytes;
         self.pids_peak = usage.pids_peak;
+        self.io_read_bytes = usage.io_read_bytes;
+        self.io_write_bytes = usage.io_write_bytes;
+    }
+}
+
+/// What a job uses at this moment, and has used so far. A figure that is not to be had is absent, never 0.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct StatsRecord {
+    /// The job's id.
+    pub id: Uuid,
+    /// Where it is in its life.
+    pub state: State,
+    /// So far; of a finished job in all.
+    #[serde(flatten)]
+    pub usage: UsageRecord,
+    /// Memory in use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_bytes: Option<u64>,
+    /// Processes and threads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pids: Option<u64>,
+    /// How much of the time its processes are held up for want of `cpu`, `memory` and `io` (Linux: PSI).
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub pressure: BTreeMap<&'static str, PressureRecord>,
+}
+
+/// Parts of the time in which some, or all, processes of a job were held up for want of one resource.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, ToSchema)]
+pub struct PressureRecord {
+    /// At least one was.
+    pub some: StallRecord,
+    /// All were.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub full: Option<StallRecord>,
+}
+
+/// Percents of the last 10, 60 and 300 seconds, and a sum.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, ToSchema)]
+pub struct StallRecord {
+    /// Of the last 10 s.
+    pub avg10: f64,
+    /// Of the last 60 s.
+    pub avg60: f64,
+    /// Of the last 300 s.
+    pub avg300: f64,
+    /// In all.
+    pub total_us: u64,
+}
+
+impl StatsRecord {
+    /// Of a job with this record; `live` is what the kernel tells of one that is in its sandbox.
+    pub(super) fn new(record: &JobRecord, live: Option<&Stats>, flows: &Flows) -> Self {
+        let mut usage = record.usage;
+        if record.state != State::Finished {
+            live.iter().for_each(|live| usage.measure(&live.usage));
+            (usage.input_bytes, usage.output_bytes) = (flows.input.bytes(), flows.output.bytes());
+        }
+        let live = live.filter(|_| record.state != State::Finished);
+        let pressure = live.map(|live| live.pressure).unwrap_or_default();
+        let pressure = [("cpu", pressure.cpu), ("memory", pressure.memory), ("io", pressure.io)];
+        Self {
+            id: record.id,
+            state: record.state,
+            usage,
+            memory_bytes: live.and_then(|live| live.memory_bytes),
+            pids: live.and_then(|live| live.pids),
+            pressure: pressure.into_iter().filter_map(|(name, stall)| Some((name, stall?.into()))).collect(),
+        }
+    }
+}
+
+impl From<Stall> for PressureRecord {
+    fn from(stall: Stall) -> Self {
+        Self { some: stall.some.into(), full: stall.full.map(StallRecord::from) }
+    }
+}
+
+impl From<StallTime> for StallRecord {
+    fn from(time: StallTime) -> Self {
+        let percent = |hundredths: u32| f64::from(hundredths) / 100.0;
+        let (avg10, avg60, avg300) = (percent(time.avg10), percent(time.avg60), percent(time.avg300));
+        Self { avg10, avg60, avg300, total_us: time.total_us }
     }
 }
 

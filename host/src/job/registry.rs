@@ -2,75 +2,17 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Bound;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use holm_sandbox::name::Name;
-use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::outcome::Stop;
+use super::entry::Entry;
 use super::record::{JobRecord, State};
 
 /// Finished jobs kept for each tenant.
 pub const FINISHED_KEPT: usize = 1000;
-
-/// One job.
-#[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) id: Uuid,
-    pub(super) tenant: Name,
-    pub(super) plugin: Name,
-    record: Mutex<JobRecord>,
-    /// Asks the job's task to end it.
-    pub(super) cancel: CancellationToken,
-    /// Why it was ended. Set at most once.
-    pub(super) stop: OnceLock<Stop>,
-    finished: watch::Sender<bool>,
-}
-
-impl Entry {
-    pub(super) fn new(tenant: Name, plugin: Name, record: JobRecord) -> Self {
-        Self {
-            id: record.id,
-            tenant,
-            plugin,
-            record: Mutex::new(record),
-            cancel: CancellationToken::new(),
-            stop: OnceLock::new(),
-            finished: watch::Sender::new(false),
-        }
-    }
-
-    pub(super) fn record(&self) -> JobRecord {
-        self.locked().clone()
-    }
-
-    pub(super) fn update(&self, change: impl FnOnce(&mut JobRecord)) {
-        change(&mut self.locked());
-    }
-
-    fn locked(&self) -> MutexGuard<'_, JobRecord> {
-        self.record.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Asks for its end. False if it has ended.
-    pub(super) fn stop(&self, why: Stop) -> bool {
-        if self.locked().state == State::Finished {
-            return false;
-        }
-        // the first reason stands, and its order to end the job too
-        let _ = self.stop.set(why);
-        self.cancel.cancel();
-        true
-    }
-
-    /// Waits until it is over.
-    pub(super) async fn finished(&self) {
-        // the sender is `self`, so the channel cannot close before
-        let _ = self.finished.subscribe().wait_for(|finished| *finished).await;
-    }
-}
 
 /// All jobs.
 #[derive(Debug, Default)]
@@ -88,6 +30,8 @@ struct TenantJobs {
     all: BTreeMap<Uuid, Arc<Entry>>,
     /// In the order in which they ended.
     finished: VecDeque<Uuid>,
+    /// Whether the tenant is paused. Every job of it has a share of this.
+    paused: Arc<AtomicBool>,
 }
 
 /// Which jobs to list.
@@ -108,6 +52,11 @@ impl Registry {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether a tenant is paused, for as long as it is not deleted.
+    pub(super) fn paused(&self, tenant: &Name) -> Arc<AtomicBool> {
+        self.books().tenants.entry(tenant.clone()).or_default().paused.clone()
+    }
+
     pub(super) fn insert(&self, entry: Arc<Entry>) {
         let mut books = self.books();
         books.tenants.entry(entry.tenant.clone()).or_default().all.insert(entry.id, entry.clone());
@@ -122,7 +71,7 @@ impl Registry {
             jobs.all.remove(&entry.id);
         }
         drop(books);
-        entry.finished.send_replace(true);
+        entry.over();
     }
 
     /// Writes a job's last state, wakes who waits for it, and forgets the tenant's oldest finished one if there are
@@ -139,7 +88,7 @@ impl Registry {
             books.by_id.remove(&oldest);
         }
         drop(books);
-        entry.finished.send_replace(true);
+        entry.over();
     }
 
     pub(super) fn get(&self, id: &Uuid) -> Option<Arc<Entry>> {
@@ -170,14 +119,14 @@ impl Registry {
             return Vec::new();
         };
         let of_plugin = |entry: &&Arc<Entry>| plugin.is_none_or(|plugin| entry.plugin == *plugin);
-        let live = |entry: &&Arc<Entry>| entry.locked().state != State::Finished;
+        let live = |entry: &&Arc<Entry>| entry.state() != State::Finished;
         jobs.all.values().filter(of_plugin).filter(live).cloned().collect()
     }
 
     /// Every job that is not over.
     pub(super) fn all_live(&self) -> Vec<Arc<Entry>> {
         let books = self.books();
-        books.by_id.values().filter(|entry| entry.locked().state != State::Finished).cloned().collect()
+        books.by_id.values().filter(|entry| entry.state() != State::Finished).cloned().collect()
     }
 
     /// Forgets a deleted tenant's jobs.
@@ -194,8 +143,9 @@ mod tests {
     use jiff::Timestamp;
 
     use super::*;
-    use crate::job::outcome::Outcome;
+    use crate::job::outcome::{Outcome, Stop};
     use crate::job::record::UsageRecord;
+    use crate::limit::{Limits, Maximums, Runtime};
 
     fn entry(tenant: &str, plugin: &str) -> Arc<Entry> {
         let record = JobRecord {
@@ -214,7 +164,9 @@ mod tests {
             usage: UsageRecord::default(),
             isolation: None,
         };
-        Arc::new(Entry::new(tenant.parse().unwrap(), plugin.parse().unwrap(), record))
+        let names = (tenant.parse().unwrap(), plugin.parse().unwrap());
+        let limits = Limits::resolve(Runtime::Native, &[], &Maximums::default());
+        Arc::new(Entry::new(names, record, &limits, limits.clone(), Arc::default()))
     }
 
     fn end(record: &mut JobRecord) {

@@ -15,10 +15,10 @@ use jiff::Timestamp;
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
 
+use super::entry::Entry;
 use super::line::{Line, Meter};
 use super::outcome::{Evidence, Outcome, Stop, fuel_used};
 use super::record::{IsolationRecord, JobRecord, Start, State, UsageRecord};
-use super::registry::Entry;
 use super::{Artifact, Finished, Input, JobRequest, Jobs, Streams, Supply};
 use crate::admission::{AdmissionError, Permit};
 use crate::launcher::{Collected, Collector, Content, Recipe, Sandbox, SandboxError, Stdio, StreamError};
@@ -43,12 +43,15 @@ struct End {
     usage: UsageRecord,
     output: Content,
     stderr_tail: Bytes,
+    /// What the kernel has counted for the tenant, and not for each job, since its last job ended.
+    tenant_io: Option<(u64, u64)>,
 }
 
 impl End {
     /// The end of a job that never ran.
     fn without_run(outcome: Outcome, usage: UsageRecord) -> Self {
-        Self { outcome, usage, output: Content::Memory(Bytes::new()), stderr_tail: Bytes::new() }
+        let (output, stderr_tail) = (Content::Memory(Bytes::new()), Bytes::new());
+        Self { outcome, usage, output, stderr_tail, tenant_io: None }
     }
 }
 
@@ -75,7 +78,7 @@ pub(super) async fn run(
     supply: Supply,
 ) -> Result<Finished, AdmissionError> {
     let submitted = Instant::now();
-    let pids = request.limits.get(Limit::Pids) + u64::from(kind(request.plugin.runtime).own_pids());
+    let pids = request.limits.get(Limit::Pids) + own_pids(request.plugin.runtime);
     let admitted = tokio::select! {
         permit = jobs.0.admission.admit(&request.tenant, pids) => Some(permit),
         () = entry.cancel.cancelled() => None,
@@ -88,7 +91,7 @@ pub(super) async fn run(
         }
         None => End::without_run(Outcome::Cancelled, usage),
         Some(Ok(permit)) => {
-            entry.update(|record| record.state = State::Running);
+            entry.admitted(permit.id(), usage.queue_us);
             match launch(&jobs, &entry, &request, supply, permit, &mut usage).await {
                 Ok(end) => end,
                 Err(fault) => {
@@ -109,15 +112,18 @@ fn conclude(jobs: &Jobs, entry: &Entry, end: &End) -> JobRecord {
         record.outcome = Some(end.outcome.clone());
         record.usage = end.usage;
         record.finished_at = Some(Timestamp::now());
+        // before anybody hears of its end
+        jobs.0.accounts.count(&entry.tenant, record, end.tenant_io);
     });
     let usage = end.usage;
     tracing::info!(
         job = %entry.id, tenant = %entry.tenant, plugin = %entry.plugin,
         outcome = end.outcome.kind(), limit = end.outcome.limit(),
-        queue_us = usage.queue_us, launch_us = usage.launch_us, wall_us = usage.wall_us,
+        queue_us = usage.queue_us, launch_us = usage.launch_us, wall_us = usage.wall_us, paused_us = usage.paused_us,
         cpu_user_us = usage.cpu_user_us, cpu_system_us = usage.cpu_system_us,
         cpu_throttled_us = usage.cpu_throttled_us, memory_peak_bytes = usage.memory_peak_bytes,
         pids_peak = usage.pids_peak, fuel_used = usage.fuel_used,
+        io_read_bytes = usage.io_read_bytes, io_write_bytes = usage.io_write_bytes,
         input_bytes = usage.input_bytes, output_bytes = usage.output_bytes,
         "job finished"
     );
@@ -143,14 +149,15 @@ async fn launch(
         None => match made(jobs, entry, recipe.spec, artifact, &invocation).await? {
             Ok(manned) => (manned, Start::Cold),
             Err(Unmanned::Cancelled) => return Ok(End::without_run(Outcome::Cancelled, *usage)),
-            Err(Unmanned::TooSmall(report)) => return Ok(too_small_to_begin(request, &report, usage)),
+            Err(Unmanned::TooSmall(report)) => return Ok(too_small_to_begin(entry, request, &report, usage)),
         },
     };
-    let Manned { isolation, .. } = &manned;
+    let Manned { isolation, sandbox, .. } = &manned;
     entry.update(|record| {
         record.isolation = Some(IsolationRecord::from(isolation.clone()));
         record.start = Some(start);
     });
+    entry.in_sandbox(sandbox.controls());
     run_in(jobs, entry, request, streams, (manned, asked), usage).await
 }
 
@@ -239,8 +246,8 @@ async fn run_in(
         let _ = entry.stop.set(why);
         killer.kill();
     };
-    let meter = Meter::new(entry.clone(), killer.clone(), &request.limits);
-    let limit = request.limits.get(Limit::OutputBytes);
+    let meter = Meter::new(entry.clone(), killer.clone());
+    let flows = &entry.flows;
     let spool = jobs.0.store.dir().tmp();
     let command = match streams {
         Streams::Command(input) => Some((input, stdin, stdout)),
@@ -256,15 +263,19 @@ async fn run_in(
     };
     let out = async {
         match stdout {
-            Some(stdout) => watched(Collector::everything(limit, &spool), stdout, &stop).await,
+            Some(stdout) => watched(Collector::everything(flows.output.clone(), &spool), stdout, &stop).await,
             None => Ok(Collected { bytes: 0, content: Content::Memory(Bytes::new()) }),
         }
     };
-    let err = watched(Collector::tail(limit, STDERR_TAIL_BYTES), stderr, &stop);
+    let err = watched(Collector::tail(flows.errors.clone(), STDERR_TAIL_BYTES), stderr, &stop);
     let mut launch_us = None;
     let life = sandbox.run(|| {
-        launch_us = Some(micros(asked));
-        entry.update(|record| record.started_at = Some(Timestamp::now()));
+        let us = micros(asked);
+        launch_us = Some(us);
+        entry.update(|record| {
+            record.started_at = Some(Timestamp::now());
+            record.usage.launch_us = us;
+        });
     });
     let feed = async {
         if let Some((input, stdin)) = input {
@@ -285,37 +296,38 @@ async fn run_in(
     let (report, end) = life?;
     let (out, err): (Collected, Collected) = (out?, err?);
 
-    usage.measure(&end);
+    usage.measure(&end.usage);
     usage.launch_us = launch_us.unwrap_or_else(|| micros(asked));
-    usage.input_bytes = meter.input();
-    usage.output_bytes = out.bytes + meter.output();
+    usage.input_bytes = flows.input.bytes();
+    usage.output_bytes = flows.output.bytes();
     usage.fuel_used = fuel_used(request.plugin.runtime, &request.limits, report.as_ref());
-    let longer = usage.output_bytes.max(err.bytes);
-    let outcome = judge(request, &end, report.as_ref(), entry.stop.get().copied(), longer);
+    let longer = usage.output_bytes.max(flows.errors.bytes());
+    let outcome = judge(entry, request, &end, report.as_ref(), longer);
     let Content::Memory(stderr_tail) = err.content else { unreachable!("a tail is kept in memory") };
-    Ok(End { outcome, usage: *usage, output: out.content, stderr_tail })
+    Ok(End { outcome, usage: *usage, output: out.content, stderr_tail, tenant_io: end.tenant_io })
 }
 
 /// The end of a job whose memory limit did not even let its sandbox come to its start.
-fn too_small_to_begin(request: &JobRequest, end: &SandboxReport, usage: &mut UsageRecord) -> End {
-    usage.measure(end);
-    End::without_run(judge(request, end, None, None, 0), *usage)
+fn too_small_to_begin(entry: &Entry, request: &JobRequest, end: &SandboxReport, usage: &mut UsageRecord) -> End {
+    usage.measure(&end.usage);
+    End::without_run(judge(entry, request, end, None, 0), *usage)
 }
 
+/// By the limits that held at the end.
 fn judge(
+    entry: &Entry,
     request: &JobRequest,
     end: &SandboxReport,
     report: Option<&Report>,
-    stop: Option<Stop>,
     output_bytes: u64,
 ) -> Outcome {
-    let (runtime, limits) = (request.plugin.runtime, &request.limits);
+    let (runtime, limits, stop) = (request.plugin.runtime, &entry.limits(), entry.stop.get().copied());
     Evidence { runtime, limits, end, report, stop, output_bytes }.outcome()
 }
 
 /// Collects a stream; a stream that is too long, or cannot be kept, ends the job.
 async fn watched(collector: Collector, stream: pipe::Receiver, stop: &impl Fn(Stop)) -> Result<Collected, StreamError> {
-    let collected = collector.collect(stream, || stop(Stop::OutputOver)).await;
+    let collected = collector.collect(stream, |allowed| stop(Stop::OutputOver { allowed })).await;
     if collected.is_err() {
         stop(Stop::HostFailed);
     }
@@ -355,6 +367,11 @@ async fn runnable(jobs: &Jobs, tenant: &Tenant, plugin: &Plugin, artifact: Artif
         tracing::warn!(tenant = %tenant.name(), revision = %plugin.revision, %error, "a compiled module was not kept");
     }
     Ok(file)
+}
+
+/// Processes of the host's own in the sandbox of a job.
+pub(super) fn own_pids(runtime: Runtime) -> u64 {
+    kind(runtime).own_pids().into()
 }
 
 fn kind(runtime: Runtime) -> Kind {

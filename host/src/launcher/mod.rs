@@ -27,7 +27,7 @@ pub use self::orders::{Controls, OrderFailure, Then};
 use self::packets::AsyncPackets;
 pub use self::parking::{Parking, ParkingRules, Recipe};
 pub use self::sandbox::{Killer, Sandbox, SandboxError};
-pub use self::streams::{Collected, Collector, Content, Stdio, StreamError};
+pub use self::streams::{Collected, Collector, Content, Flow, Stdio, StreamError};
 
 /// Events that one sandbox can cause: ready, started, ended; or refused.
 const EVENTS: usize = 4;

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::{Bytes, BytesMut};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -52,6 +54,42 @@ fn non_blocking(fd: OwnedFd) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
+/// What has come of a stream, and how much may come. Both may change while it flows.
+#[derive(Debug)]
+pub struct Flow {
+    bytes: AtomicU64,
+    limit: AtomicU64,
+}
+
+impl Flow {
+    /// Nothing yet of so many bytes.
+    #[must_use]
+    pub fn new(limit: u64) -> Self {
+        Self { bytes: AtomicU64::new(0), limit: AtomicU64::new(limit) }
+    }
+
+    /// So many more have come. Gives how many that makes, and how many there may be.
+    pub fn count(&self, bytes: usize) -> (u64, u64) {
+        let bytes = bytes as u64;
+        // one order for all: whoever lowers the limit meanwhile sees what has come, or is seen here
+        let all = self.bytes.fetch_add(bytes, Ordering::SeqCst) + bytes;
+        (all, self.limit.load(Ordering::SeqCst))
+    }
+
+    /// How many have come.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::SeqCst)
+    }
+
+    /// How many may come from now on, those that have come counted. False if more have.
+    #[must_use]
+    pub fn limit_to(&self, limit: u64) -> bool {
+        self.limit.store(limit, Ordering::SeqCst);
+        self.bytes() <= limit
+    }
+}
+
 /// Our own end of a stream failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
@@ -66,7 +104,7 @@ pub enum StreamError {
 /// Reads one output stream to its end, keeping it up to a limit.
 #[derive(Debug)]
 pub struct Collector {
-    limit: u64,
+    flow: Arc<Flow>,
     keep: Keep,
 }
 
@@ -97,26 +135,25 @@ pub enum Content {
 }
 
 impl Collector {
-    /// Keeps everything up to `limit` bytes; large outputs in unnamed files in `dir`.
+    /// Keeps everything up to the flow's limit; large outputs in unnamed files in `dir`.
     #[must_use]
-    pub fn everything(limit: u64, dir: &Path) -> Self {
-        Self { limit, keep: Keep::All(dir.to_owned()) }
+    pub fn everything(flow: Arc<Flow>, dir: &Path) -> Self {
+        Self { flow, keep: Keep::All(dir.to_owned()) }
     }
 
     /// Keeps the last `bytes`.
     #[must_use]
-    pub fn tail(limit: u64, bytes: usize) -> Self {
-        Self { limit, keep: Keep::Tail(bytes) }
+    pub fn tail(flow: Arc<Flow>, bytes: usize) -> Self {
+        Self { flow, keep: Keep::Tail(bytes) }
     }
 
-    /// Reads `stream` to its end. Calls `over` once when more than the limit has come; what comes after that is thrown
+    /// Reads `stream` to its end. Calls `over` with the limit once more than that has come; what comes after is thrown
     /// away, so that whoever still writes is not kept waiting.
     ///
     /// # Errors
     /// See [`StreamError`].
-    pub async fn collect(self, mut stream: pipe::Receiver, over: impl FnOnce()) -> Result<Collected, StreamError> {
+    pub async fn collect(self, mut stream: pipe::Receiver, over: impl FnOnce(u64)) -> Result<Collected, StreamError> {
         let mut over = Some(over);
-        let mut bytes: u64 = 0;
         let mut kept = BytesMut::new();
         let mut file: Option<tokio::fs::File> = None;
         let mut buffer = BytesMut::with_capacity(READ);
@@ -126,12 +163,13 @@ impl Collector {
             if n == 0 {
                 break;
             }
-            bytes += n as u64;
-            if bytes > self.limit {
-                if let Some(over) = over.take() {
-                    over();
-                }
-                let surplus = usize::try_from(bytes - self.limit).unwrap_or(usize::MAX);
+            let (bytes, limit) = self.flow.count(n);
+            if over.is_none() {
+                continue; // also should the limit be raised now: there would be a gap
+            }
+            if bytes > limit {
+                over.take().into_iter().for_each(|over| over(limit));
+                let surplus = usize::try_from(bytes - limit).unwrap_or(usize::MAX);
                 buffer.truncate(n.saturating_sub(surplus));
             }
             match (&self.keep, &mut file) {
@@ -154,7 +192,7 @@ impl Collector {
                 Content::File(file.into_std().await)
             }
         };
-        Ok(Collected { bytes, content })
+        Ok(Collected { bytes: self.flow.bytes(), content })
     }
 }
 
@@ -186,9 +224,21 @@ mod tests {
             chunks.iter().for_each(|chunk| writer.write_all(chunk).unwrap());
         });
         let mut over = false;
-        let collected = collector.collect(stdout, || over = true).await.unwrap();
+        let collected = collector.collect(stdout, |_| over = true).await.unwrap();
         writer.join().unwrap();
         (collected, over)
+    }
+
+    fn flow(limit: u64) -> Arc<Flow> {
+        Arc::new(Flow::new(limit))
+    }
+
+    #[test]
+    fn a_flow_tells_whoever_lowers_its_limit_too_far() {
+        let flow = Flow::new(10);
+        assert_eq!(flow.count(8), (8, 10));
+        assert!(flow.limit_to(8) && !flow.limit_to(7));
+        assert_eq!((flow.count(1), flow.bytes()), ((9, 7), 9));
     }
 
     fn content(collected: Collected) -> Vec<u8> {
@@ -209,7 +259,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for size in [0, 10, IN_MEMORY, IN_MEMORY + 1, 3_000_000] {
             let data: Vec<u8> = (0..=250_u8).cycle().take(size).collect();
-            let (collected, over) = collect(Collector::everything(4_000_000, dir.path()), vec![data.clone()]).await;
+            let (collected, over) =
+                collect(Collector::everything(flow(4_000_000), dir.path()), vec![data.clone()]).await;
             assert!(!over && collected.bytes == size as u64);
             assert_eq!(matches!(collected.content, Content::Memory(_)), size <= IN_MEMORY, "{size}");
             assert!(content(collected) == data, "{size}");
@@ -220,9 +271,9 @@ mod tests {
     #[tokio::test]
     async fn exactly_the_limit_passes_and_one_more_does_not() {
         let dir = tempfile::tempdir().unwrap();
-        let (collected, over) = collect(Collector::everything(1000, dir.path()), vec![vec![7; 1000]]).await;
+        let (collected, over) = collect(Collector::everything(flow(1000), dir.path()), vec![vec![7; 1000]]).await;
         assert!(!over && collected.bytes == 1000);
-        let (collected, over) = collect(Collector::everything(1000, dir.path()), vec![vec![7; 1001]]).await;
+        let (collected, over) = collect(Collector::everything(flow(1000), dir.path()), vec![vec![7; 1001]]).await;
         assert!(over && collected.bytes == 1001);
         assert_eq!(content(collected).len(), 1000);
     }
@@ -230,7 +281,7 @@ mod tests {
     #[tokio::test]
     async fn a_tail_is_the_last_bytes() {
         let chunks = vec![b"hello ".to_vec(), b"wor".to_vec(), b"ld".to_vec()];
-        let (collected, over) = collect(Collector::tail(100, 5), chunks).await;
+        let (collected, over) = collect(Collector::tail(flow(100), 5), chunks).await;
         assert!(!over && collected.bytes == 11);
         assert_eq!(content(collected), b"world");
     }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::admission::AdmissionError;
 use crate::launcher::SetCeilingError;
-use crate::limit::LimitError;
+use crate::limit::{Limit, LimitError};
 use crate::plugin::PluginSettingsError;
 use crate::store::StoreError;
 use crate::tenant::{AuthError, SettingsError};
@@ -56,6 +56,10 @@ codes! {
     WrongInterface, "wrong_interface", CONFLICT, "The plugin has another interface";
     LimitInUse, "limit_in_use", CONFLICT, "More than the limit is in use";
     JobFinished, "job_finished", CONFLICT, "The job is over already";
+    JobNotBegun, "job_not_begun", CONFLICT, "The job has not begun";
+    Busy, "busy", CONFLICT, "Another change of the same is under way";
+    NotFrozen, "not_frozen", CONFLICT, "Not everything could be made to stand still";
+    PlaceLent, "place_lent", CONFLICT, "The job's place is lent to one of higher priority";
     PreconditionFailed, "precondition_failed", PRECONDITION_FAILED, "The resource is not in the state that was named";
     PayloadTooLarge, "payload_too_large", PAYLOAD_TOO_LARGE, "The body is too large";
     UriTooLong, "uri_too_long", URI_TOO_LONG, "The URI is too long";
@@ -64,11 +68,14 @@ codes! {
     InvalidName, "invalid_name", UNPROCESSABLE_ENTITY, "The name cannot be used";
     InvalidSettings, "invalid_settings", UNPROCESSABLE_ENTITY, "The settings cannot be used";
     LimitOutOfRange, "limit_out_of_range", UNPROCESSABLE_ENTITY, "A limit is out of its range";
+    InvalidRange, "invalid_range", UNPROCESSABLE_ENTITY, "The stretch of time cannot be";
     NotApplicable, "not_applicable", UNPROCESSABLE_ENTITY, "The setting does not apply here";
+    NotChangeable, "not_changeable", UNPROCESSABLE_ENTITY, "The setting cannot be changed now";
     NotAvailable, "not_available", UNPROCESSABLE_ENTITY, "This server cannot enforce the setting";
     InvalidArtifact, "invalid_artifact", UNPROCESSABLE_ENTITY, "The artifact cannot be run";
     QuotaExceeded, "quota_exceeded", TOO_MANY_REQUESTS, "A quota of the tenant is used up";
     ServerFull, "server_full", SERVICE_UNAVAILABLE, "The server is full";
+    TenantPaused, "tenant_paused", SERVICE_UNAVAILABLE, "The tenant is paused";
     Draining, "draining", SERVICE_UNAVAILABLE, "The server is stopping";
     Internal, "internal", INTERNAL_SERVER_ERROR, "The server has failed";
     Exited, "exited", BAD_GATEWAY, "The job ended with an exit code other than 0";
@@ -205,6 +212,10 @@ impl From<LimitError> for Problem {
             LimitError::NotApplicable { limit, .. } => {
                 Self::new(Code::NotApplicable, detail).with("limit", limit.key())
             }
+            LimitError::Fixed { limit, given } => Self::new(Code::NotChangeable, detail)
+                .with("limit", limit.key())
+                .with("given", given)
+                .with("possible", Limit::changing_while_running()),
         }
     }
 }
@@ -269,6 +280,7 @@ impl From<AdmissionError> for Problem {
             AdmissionError::ServerFull | AdmissionError::ServerBusy => {
                 Self::new(Code::ServerFull, detail).retry_after(1)
             }
+            AdmissionError::TenantPaused => Self::new(Code::TenantPaused, detail).retry_after(5),
             AdmissionError::Draining => Self::new(Code::Draining, detail).retry_after(5),
         }
     }

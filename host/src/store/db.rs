@@ -9,18 +9,20 @@ use uuid::Uuid;
 
 use super::StoreError;
 use super::memory::Memory;
+use super::usage::{self, Span, Totals};
 use crate::limit::Runtime;
 use crate::plugin::{Plugin, PluginSettings};
 use crate::tenant::{KeyHash, KeyInfo, TenantRow};
 
 /// Counts up with every change of the schema; `PRAGMA user_version` of the file.
-const SCHEMA_VERSION: i64 = 2;
+const SCHEMA_VERSION: i64 = 3;
 
 const SCHEMA: &str = "
     CREATE TABLE tenants (
         name       TEXT PRIMARY KEY,
         settings   TEXT NOT NULL,
-        created_at TEXT NOT NULL
+        created_at TEXT NOT NULL,
+        paused     INTEGER NOT NULL DEFAULT 0
     ) STRICT;
     CREATE TABLE keys (
         id         TEXT PRIMARY KEY,
@@ -42,9 +44,22 @@ const SCHEMA: &str = "
     ) STRICT;
 ";
 
+const USAGE: &str = "
+    CREATE TABLE usage (
+        tenant     TEXT NOT NULL REFERENCES tenants(name) ON DELETE CASCADE,
+        seconds    INTEGER NOT NULL,
+        start      INTEGER NOT NULL,
+        totals     TEXT NOT NULL,
+        PRIMARY KEY (tenant, seconds, start)
+    ) STRICT, WITHOUT ROWID;
+";
+
 /// From version 1, where every plugin was a command.
 const ADD_EXPORTS: &str =
-    r#"ALTER TABLE plugins ADD COLUMN exports TEXT NOT NULL DEFAULT '{"command":true,"http":false}'"#;
+    r#"ALTER TABLE plugins ADD COLUMN exports TEXT NOT NULL DEFAULT '{"command":true,"http":false}';"#;
+
+/// From version 2, where no tenant could be paused.
+const ADD_PAUSED: &str = "ALTER TABLE tenants ADD COLUMN paused INTEGER NOT NULL DEFAULT 0;";
 
 /// The open database.
 #[derive(Debug)]
@@ -59,8 +74,9 @@ impl Db {
         connection.pragma_update(None, "foreign_keys", true)?;
         let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
         match version {
-            0 => migrate(&mut connection, SCHEMA)?,
-            1 => migrate(&mut connection, ADD_EXPORTS)?,
+            0 => migrate(&mut connection, &[SCHEMA, USAGE])?,
+            1 => migrate(&mut connection, &[ADD_EXPORTS, ADD_PAUSED, USAGE])?,
+            2 => migrate(&mut connection, &[ADD_PAUSED, USAGE])?,
             SCHEMA_VERSION => {}
             later => {
                 return Err(StoreError::Content(format!("schema version {later}, written by a later version")));
@@ -72,10 +88,13 @@ impl Db {
     /// Reads everything.
     pub(super) fn load(&self) -> Result<Memory, StoreError> {
         let mut memory = Memory::default();
-        let mut statement = self.0.prepare("SELECT name, settings, created_at FROM tenants")?;
+        let mut statement = self.0.prepare("SELECT name, settings, created_at, paused FROM tenants")?;
         let mut rows = statement.query([])?;
         while let Some(row) = rows.next()? {
-            memory.put_tenant(tenant(row)?);
+            let tenant = tenant(row)?;
+            let name = tenant.name.clone();
+            memory.put_tenant(tenant);
+            memory.set_paused(&name, row.get(3)?);
         }
         let mut statement = self.0.prepare("SELECT id, tenant, created_at, hash FROM keys")?;
         let mut rows = statement.query([])?;
@@ -98,6 +117,27 @@ impl Db {
                    ON CONFLICT (name) DO UPDATE SET settings = ?2";
         self.0.execute(sql, params![row.name.as_str(), json(&row.settings)?, row.created_at.to_string()])?;
         Ok(())
+    }
+
+    pub(super) fn set_paused(&mut self, name: &Name, paused: bool) -> Result<(), StoreError> {
+        self.0.execute("UPDATE tenants SET paused = ?2 WHERE name = ?1", params![name.as_str(), paused])?;
+        Ok(())
+    }
+
+    pub(super) fn add_usage(&mut self, minutes: &[(Name, i64, Totals)]) -> Result<(), StoreError> {
+        let transaction = self.0.transaction()?;
+        usage::add(&transaction, minutes)?;
+        Ok(transaction.commit()?)
+    }
+
+    pub(super) fn fold_usage(&mut self, now: Timestamp) -> Result<(), StoreError> {
+        let transaction = self.0.transaction()?;
+        usage::fold(&transaction, now)?;
+        Ok(transaction.commit()?)
+    }
+
+    pub(super) fn usage(&mut self, tenant: &Name, span: Span) -> Result<Totals, StoreError> {
+        usage::sum(&self.0.transaction()?, tenant, span)
     }
 
     pub(super) fn delete_tenant(&mut self, name: &Name) -> Result<(), StoreError> {
@@ -147,9 +187,9 @@ impl Db {
 }
 
 /// Brings the schema to this version.
-fn migrate(connection: &mut Connection, sql: &str) -> Result<(), StoreError> {
+fn migrate(connection: &mut Connection, steps: &[&str]) -> Result<(), StoreError> {
     let transaction = connection.transaction()?;
-    transaction.execute_batch(sql)?;
+    steps.iter().try_for_each(|sql| transaction.execute_batch(sql))?;
     transaction.pragma_update(None, "user_version", SCHEMA_VERSION)?;
     Ok(transaction.commit()?)
 }
@@ -194,11 +234,11 @@ fn time(row: &Row<'_>, column: usize) -> Result<Timestamp, StoreError> {
     parsed(row, column)
 }
 
-fn json(value: &impl serde::Serialize) -> Result<String, StoreError> {
+pub(super) fn json(value: &impl serde::Serialize) -> Result<String, StoreError> {
     serde_json::to_string(value).map_err(|error| StoreError::Content(error.to_string()))
 }
 
-fn from_json<T: serde::de::DeserializeOwned>(row: &Row<'_>, column: usize) -> Result<T, StoreError> {
+pub(super) fn from_json<T: serde::de::DeserializeOwned>(row: &Row<'_>, column: usize) -> Result<T, StoreError> {
     let text: String = row.get(column)?;
     serde_json::from_str(&text).map_err(|error| StoreError::Content(error.to_string()))
 }

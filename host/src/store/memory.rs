@@ -20,6 +20,7 @@ pub(super) struct Memory {
 pub(super) struct Entry {
     pub(super) row: Arc<TenantRow>,
     pub(super) plugins: BTreeMap<Name, Arc<Plugin>>,
+    pub(super) paused: bool,
 }
 
 impl Memory {
@@ -27,7 +28,13 @@ impl Memory {
         let row = Arc::new(row);
         match self.tenants.get_mut(&row.name) {
             Some(entry) => entry.row = row,
-            None => drop(self.tenants.insert(row.name.clone(), Entry { row, plugins: BTreeMap::new() })),
+            None => drop(self.tenants.insert(row.name.clone(), Entry { row, plugins: BTreeMap::new(), paused: false })),
+        }
+    }
+
+    pub(super) fn set_paused(&mut self, name: &Name, paused: bool) {
+        if let Some(entry) = self.tenants.get_mut(name) {
+            entry.paused = paused;
         }
     }
 

@@ -7,18 +7,21 @@ mod artifacts;
 mod data_dir;
 mod db;
 mod memory;
+mod usage;
 
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use holm_sandbox::name::Name;
+use jiff::Timestamp;
 use uuid::Uuid;
 
 pub use self::artifacts::{ArtifactError, TempFile};
 pub use self::data_dir::{DataDir, DataDirError};
 use self::db::Db;
 use self::memory::Memory;
+pub use self::usage::{Span, Totals, minute_of};
 use crate::plugin::{Plugin, Revision};
 use crate::tenant::{KeyHash, KeyInfo, TenantRow};
 
@@ -158,6 +161,54 @@ impl Store {
             Ok(())
         })
         .await
+    }
+
+    /// Whether a tenant is paused.
+    #[must_use]
+    pub fn is_paused(&self, name: &Name) -> bool {
+        self.read(|memory| memory.tenants.get(name).is_some_and(|entry| entry.paused))
+    }
+
+    /// Keeps in mind, also beyond a restart, that a tenant is paused, or is not.
+    ///
+    /// # Errors
+    /// [`StoreError::NoTenant`].
+    pub async fn set_paused(&self, name: Name, paused: bool) -> Result<(), StoreError> {
+        self.change(move |inner, db| {
+            if !inner.read().tenants.contains_key(&name) {
+                return Err(StoreError::NoTenant);
+            }
+            db.set_paused(&name, paused)?;
+            inner.write().set_paused(&name, paused);
+            Ok(())
+        })
+        .await
+    }
+
+    // usage
+
+    /// Adds to what tenants have used: tenant, minute, sum.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn add_usage(&self, minutes: Vec<(Name, i64, Totals)>) -> Result<(), StoreError> {
+        self.change(move |_, db| db.add_usage(&minutes)).await
+    }
+
+    /// Puts what is long ago together, and forgets what is longer ago.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn fold_usage(&self, now: Timestamp) -> Result<(), StoreError> {
+        self.change(move |_, db| db.fold_usage(now)).await
+    }
+
+    /// What a tenant has used in a span of time.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn usage(&self, tenant: Name, span: Span) -> Result<Totals, StoreError> {
+        self.change(move |_, db| db.usage(&tenant, span)).await
     }
 
     // keys

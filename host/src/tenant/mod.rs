@@ -72,6 +72,12 @@ impl Tenant {
         Maximums::least_of(vec![server.clone(), self.0.settings.job_maximums()])
     }
 
+    /// Whose waiting jobs are served first: higher before lower.
+    #[must_use]
+    pub fn priority(&self) -> u32 {
+        self.0.settings.priority()
+    }
+
     /// The ceiling over all of its jobs.
     #[must_use]
     pub fn ceiling(&self) -> holm_sandbox::limits::Ceiling {

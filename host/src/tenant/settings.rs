@@ -8,6 +8,10 @@ use super::ceiling::CeilingSettings;
 use super::quota::Quota;
 use crate::limit::{Given, LimitError, Maximums};
 
+/// The greatest priority, and the one of tenants for whom none is set: there is room above and below.
+const MOST_PRIORITY: u32 = 1000;
+const DEFAULT_PRIORITY: u32 = 100;
+
 /// The body of `PUT /v1/tenants/{t}`. Every field may be left out.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -24,9 +28,10 @@ pub struct TenantSettings {
     /// The greatest limits that jobs may have.
     #[serde(skip_serializing_if = "Map::is_empty")]
     job_maximums: Map<String, Value>,
-    /// Not available in this version.
+    /// Whose waiting jobs are served first, 0 to 1,000: higher before lower; 100 if not set.
     #[serde(skip_serializing_if = "Option::is_none")]
-    priority: Option<Value>,
+    #[schema(value_type = Option<u32>, maximum = 1000)]
+    priority: Option<Number>,
     /// Never recycle a network namespace. This version never does, so both values hold.
     #[serde(skip_serializing_if = "Option::is_none")]
     fresh_netns: Option<bool>,
@@ -89,10 +94,29 @@ impl TenantSettings {
         Given::check_change(&kept.job_maximums, &self.job_maximums, None, &server).map_err(limit("job_maximums"))?;
         let own = Maximums::least_of(vec![server_maximums.clone(), self.job_maximums()]);
         Given::check_change(&kept.job_defaults, &self.job_defaults, None, &own).map_err(limit("job_defaults"))?;
-        if self.priority.is_some() {
-            return Err(SettingsError::NotAvailable { field: "priority".into() });
+        match &self.priority {
+            Some(given) if given.as_f64().is_some_and(|value| value.fract() != 0.0) => {
+                Err(SettingsError::Malformed("`priority` is no whole number".into()))
+            }
+            Some(given) if given.as_u64().is_none_or(|value| value > MOST_PRIORITY.into()) => {
+                let (minimum, maximum) = (0.into(), MOST_PRIORITY.into());
+                Err(SettingsError::OutOfRange { field: "priority".into(), given: given.clone(), minimum, maximum })
+            }
+            _ => Ok(()),
         }
-        Ok(())
+    }
+
+    /// Whose waiting jobs are served first: higher before lower.
+    #[must_use]
+    pub fn priority(&self) -> u32 {
+        let given = self.priority.as_ref().and_then(Number::as_u64).and_then(|value| u32::try_from(value).ok());
+        given.unwrap_or(DEFAULT_PRIORITY)
+    }
+
+    /// Whether the operator has set the priority.
+    #[must_use]
+    pub fn sets_priority(&self) -> bool {
+        self.priority.is_some()
     }
 
     /// The quotas, with defaults for what is not set.

@@ -140,7 +140,8 @@ fn job_request(app: &App, tenant: Tenant, plugin: Arc<Plugin>) -> Result<JobRequ
     limits.check(&maximums)?;
     let (args, env) = (plugin.settings.args.clone(), plugin.settings.env.clone());
     // the guest sees the request's own headers
-    Ok(JobRequest { tenant, plugin, limits, args, env, content_type: String::new() })
+    let defaults = limits.clone();
+    Ok(JobRequest { tenant, plugin, limits, defaults, args, env, content_type: String::new() })
 }
 
 fn for_guest(mut parts: Parts, uri: Uri, body: Body) -> Request<Body> {

@@ -25,6 +25,8 @@ const PREFER: HeaderName = HeaderName::from_static("prefer");
 #[derive(Debug)]
 pub(super) struct JobSettings {
     pub(super) limits: Limits,
+    /// What they would be without the request's own.
+    pub(super) defaults: Limits,
     pub(super) args: Vec<String>,
     pub(super) env: BTreeMap<String, String>,
     pub(super) content_type: String,
@@ -38,9 +40,11 @@ impl JobSettings {
             Some(json) => Given::read(&json, Some(plugin.runtime), &maximums)?,
             None => Given::default(),
         };
-        let sources = [&own, &plugin.limits(), &tenant.job_defaults(), &app.job_defaults];
+        let (of_plugin, of_tenant) = (plugin.limits(), tenant.job_defaults());
+        let sources = [&own, &of_plugin, &of_tenant, &app.job_defaults];
         let limits = Limits::resolve(plugin.runtime, &sources, &maximums);
         limits.check(&maximums)?;
+        let defaults = Limits::resolve(plugin.runtime, &sources[1..], &maximums);
         let args = setting::<Vec<String>>(headers, &ARGS, "an array of strings")?;
         let args = args.unwrap_or_else(|| plugin.settings.args.clone());
         let mut env = plugin.settings.env.clone();
@@ -50,7 +54,7 @@ impl JobSettings {
         check_env(&env).map_err(invalid)?;
         let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
         check_size(&args, &env, content_type).map_err(invalid)?;
-        Ok(Self { limits, args, env, content_type: content_type.to_owned() })
+        Ok(Self { limits, defaults, args, env, content_type: content_type.to_owned() })
     }
 }
 

@@ -32,7 +32,7 @@ const RESOLVE_TRIES: usize = 5;
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 pub(super) struct ListQuery {
-    /// `queued`, `running` or `finished` only.
+    /// `queued`, `running`, `paused` or `finished` only.
     state: Option<String>,
     /// Jobs of this plugin only.
     plugin: Option<String>,
@@ -87,8 +87,8 @@ pub(super) async fn post(
     if app.is_draining() {
         return Err(crate::admission::AdmissionError::Draining.into());
     }
-    let JobSettings { limits, args, env, content_type } = settings;
-    let request = JobRequest { tenant, plugin: plugin.clone(), limits, args, env, content_type };
+    let JobSettings { limits, defaults, args, env, content_type } = settings;
+    let request = JobRequest { tenant, plugin: plugin.clone(), limits, defaults, args, env, content_type };
     let body = PacedBody::new(body, app.connections.reading);
     let input: Input = Box::pin(body.map(|chunk| chunk.map_err(|_| InputBroken)));
     let submitted = app.jobs.submit(request, Supply { artifact, streams: Streams::Command(input) });
@@ -126,7 +126,10 @@ pub(super) async fn list(
     let state = match query.state.as_deref() {
         None => None,
         Some(word) => Some(JobState::from_word(word).ok_or_else(|| {
-            Problem::malformed(format!("`state` is queued, running or finished, not `{}`", word.escape_default()))
+            Problem::malformed(format!(
+                "`state` is queued, running, paused or finished, not `{}`",
+                word.escape_default()
+            ))
         })?),
     };
     let limit = query.limit.unwrap_or(LIST_DEFAULT);
@@ -171,7 +174,7 @@ pub(super) async fn cancel(
 }
 
 /// A job that the caller may see.
-fn find(app: &App, caller: &Caller, id: &str) -> Result<(Uuid, JobRecord), Problem> {
+pub(super) fn find(app: &App, caller: &Caller, id: &str) -> Result<(Uuid, JobRecord), Problem> {
     let id = id.parse::<Uuid>().map_err(|_| Problem::not_found())?;
     let (tenant, record) = app.jobs.record(&id).ok_or_else(Problem::not_found)?;
     // counts the request, and is the same 404 for another tenant's job as for none
@@ -179,6 +182,6 @@ fn find(app: &App, caller: &Caller, id: &str) -> Result<(Uuid, JobRecord), Probl
     Ok((id, record))
 }
 
-fn shown(caller: &Caller, record: JobRecord) -> JobRecord {
+pub(super) fn shown(caller: &Caller, record: JobRecord) -> JobRecord {
     if *caller == Caller::Operator { record } else { record.for_tenant() }
 }

@@ -2,12 +2,14 @@
 
 mod functions;
 mod health;
+mod job_control;
 mod job_output;
 mod job_request;
 mod jobs;
 mod keys;
 mod limits_schema;
 mod plugins;
+mod tenant_control;
 mod tenants;
 
 use axum::Router;
@@ -68,14 +70,21 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(health::openapi_json))
         .routes(routes!(tenants::list))
         .routes(routes!(tenants::get, tenants::put, tenants::patch, tenants::delete))
+        .routes(routes!(tenant_control::pause))
+        .routes(routes!(tenant_control::resume))
+        .routes(routes!(tenant_control::usage))
         .routes(routes!(keys::list, keys::post))
         .routes(routes!(keys::delete))
         .routes(routes!(plugins::list))
         .routes(routes!(plugins::get, plugins::put, plugins::patch, plugins::delete))
         .routes(routes!(jobs::post))
         .routes(routes!(jobs::list))
-        .routes(routes!(jobs::get))
+        .routes(routes!(jobs::get, job_control::patch))
         .routes(routes!(jobs::cancel))
+        .routes(routes!(job_control::pause))
+        .routes(routes!(job_control::resume))
+        .routes(routes!(job_control::stats))
+        .routes(routes!(job_control::processes))
 }
 
 /// The OpenAPI document, for tests and tools.

@@ -20,12 +20,14 @@ use crate::tenant::{Caller, QuotaKey, Tenant, TenantRow, TenantSettings};
 
 /// A tenant.
 #[derive(Serialize, ToSchema)]
-struct TenantView {
+pub(super) struct TenantView {
     /// Its name.
     name: String,
     /// What the operator has set.
     #[serde(flatten)]
     settings: TenantSettings,
+    /// Whether nothing of it runs until it is resumed.
+    paused: bool,
     /// The values that hold, and who has set each: `tenant` or `server`.
     #[schema(value_type = Object)]
     effective: Value,
@@ -159,7 +161,7 @@ async fn store(app: &App, row: TenantRow, allowed: Precondition<TenantRow>) -> R
 }
 
 /// An existing tenant, for the operator.
-fn existing(app: &App, caller: &Caller, name: &str) -> Result<Tenant, Problem> {
+pub(super) fn existing(app: &App, caller: &Caller, name: &str) -> Result<Tenant, Problem> {
     let tenant = app.tenant(caller, name)?;
     caller.operator()?;
     Ok(tenant)
@@ -201,7 +203,7 @@ fn check_names<T: Serialize + serde::de::DeserializeOwned>(nulls: &Map<String, V
     Ok(())
 }
 
-fn answer(app: &App, status: StatusCode, row: &TenantRow) -> Response {
+pub(super) fn answer(app: &App, status: StatusCode, row: &TenantRow) -> Response {
     let tag = [(header::ETAG, etag_header(&row_etag(row)))];
     (status, tag, Json(view(app, row))).into_response()
 }
@@ -210,6 +212,7 @@ fn view(app: &App, row: &TenantRow) -> TenantView {
     TenantView {
         name: row.name.to_string(),
         settings: row.settings.clone(),
+        paused: app.store.is_paused(&row.name),
         effective: effective(app, row),
         created_at: row.created_at,
     }
@@ -248,5 +251,6 @@ fn effective(app: &App, row: &TenantRow) -> Value {
             (limit.key().to_owned(), value)
         })
         .collect();
-    json!({"quota": quotas, "job_limits": limits})
+    let priority = json!({"value": settings.priority(), "set_by": by(settings.sets_priority())});
+    json!({"quota": quotas, "job_limits": limits, "priority": priority})
 }
