@@ -10,6 +10,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use support::inspect::{Process, Running};
 use support::plain::{Plain, outside};
@@ -148,6 +149,75 @@ fn l6_no_signal_meets_a_process_that_has_a_dead_one_s_pid() {
     assert!(bystander.processes(&server).len() == 2, "it lives");
     assert_eq!(bystander.finish().expect(200).json()["outcome"]["kind"], "exited");
     assert_eq!(own.finish(), "", "it ends by itself");
+    server.assert_healthy();
+}
+
+/// A process in a frozen cgroup of the freezer of v1, where there is one.
+struct Frozen {
+    dir: PathBuf,
+}
+
+impl Frozen {
+    fn put(pid: u32) -> Option<Self> {
+        let mounts = fs::read_to_string("/proc/mounts").unwrap();
+        let is_freezer = |line: &&str| line.split(' ').nth(3).is_some_and(|o| o.split(',').any(|o| o == "freezer"));
+        let own = mounts.lines().filter(|line| line.contains(" cgroup ")).find(is_freezer)?;
+        let dir = PathBuf::from(own.split(' ').nth(1)?).join(format!("holm-test-{pid}"));
+        fs::create_dir(&dir).unwrap();
+        fs::write(dir.join("cgroup.procs"), pid.to_string()).unwrap();
+        fs::write(dir.join("freezer.state"), "FROZEN").unwrap();
+        wait_until("it is frozen", || {
+            fs::read_to_string(dir.join("freezer.state")).unwrap().starts_with("FROZEN").then_some(())
+        });
+        Some(Self { dir })
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = fs::write(self.dir.join("freezer.state"), "THAWED");
+        wait_until("its cgroup can be removed", || fs::remove_dir(&self.dir).ok());
+    }
+}
+
+#[test] // L4
+fn l4_death_comes_to_what_is_frozen() {
+    // outside, the freezer of v1 keeps a process alive that has been killed
+    let victim = Plain::start(0, &["spin", "60000"]);
+    match Frozen::put(victim.pid()) {
+        Some(frozen) => {
+            Process(victim.pid()).signal(Signal::SIGKILL);
+            std::thread::sleep(Duration::from_millis(200));
+            assert!(Process(victim.pid()).lives(), "SIGKILL waits for its thaw");
+            drop(frozen);
+            wait_until("it is dead", || (!Process(victim.pid()).lives()).then_some(()));
+        }
+        None => println!("NOT SHOWN OUTSIDE: L4: this machine has no freezer of v1"),
+    }
+    drop(victim);
+    let server = start();
+    for (how, limits) in
+        [("cancel", json!({"pids": 24})), ("client", json!({"pids": 24})), ("tenant", json!({"pids": 24}))]
+    {
+        let job = hold(&server, &["hide", "60000"], &limits);
+        let (id, leaf) = (job.id().to_owned(), job.cgroup_file(&server, "cgroup.procs"));
+        server.pause(&job);
+        let begun = Instant::now();
+        match how {
+            "cancel" => drop(server.order(&id, "cancel").expect(200)),
+            "client" => drop(job),
+            _ => {
+                server.pause_tenant("t", true);
+                server.order(&id, "cancel").expect(200);
+            }
+        }
+        let record = server.over(&id);
+        assert!(begun.elapsed() < at_most(Duration::from_secs(1)), "{how}: {:?}", begun.elapsed());
+        assert_eq!(record["outcome"], json!({"kind": "cancelled"}), "{how}");
+        assert!(server.sandboxed().is_empty(), "{how}");
+        wait_until("the cgroup is gone", || (!leaf.exists()).then_some(()));
+    }
+    server.pause_tenant("t", false);
     server.assert_healthy();
 }
 

@@ -8,6 +8,7 @@
 
 pub mod attack;
 pub mod component;
+pub mod control;
 pub mod elf;
 pub mod family;
 pub mod function;

@@ -23,7 +23,7 @@ use crate::cgroup::Leaf;
 use crate::error::{AtStep, LaunchError, Step};
 use crate::gate::{FromSandbox, LauncherGate, ToSandbox};
 use crate::protocol::FromLauncher;
-use crate::spec::{SandboxId, SandboxSpec};
+use crate::spec::{Kind, SandboxId, SandboxSpec};
 use crate::sys::process::pidfd_send_signal;
 use crate::uids::JobIds;
 use crate::usage::{Exit, KillCause, SandboxReport};
@@ -263,7 +263,9 @@ impl Launcher<'_> {
         };
         self.set_alarm(id, None);
         let Some(live) = self.live.remove(&id) else { return };
-        let tenant_io = self.tree.io_since(live.leaf.tenant());
+        // told with a job's report alone: what else there is of sandboxes is made and ended unheard
+        let had_job = matches!(live.stage, Stage::Running(_)) && live.spec.kind != Kind::Compile;
+        let tenant_io = if had_job { self.tree.io_since(live.leaf.tenant()) } else { None };
         let report = SandboxReport { tenant_io, ..report(&live, status) };
         let message = match live.failure {
             // whatever failed where the kernel had killed for memory failed for that
