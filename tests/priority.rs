@@ -88,10 +88,11 @@ fn waiting_jobs_are_served_by_priority_and_in_turn_among_equals() {
 #[test]
 fn a_job_lends_its_place_to_one_of_higher_priority_and_its_clock_stands() {
     let server = start(1, true);
-    let low = run(&server, "low", &["converse", "2500"], &json!({"wall_time_ms": 2000}));
+    let low = run(&server, "low", &["converse", "2500"], &json!({}));
     low.wait_for_cpu(&server, Duration::from_millis(5));
     let high = run(&server, "high", &["report-and-wait"], &json!({}));
     assert_eq!((state(&server, &low), state(&server, &high)), (json!("paused"), json!("running")));
+    server.limit_wall_time(&low, Duration::from_millis(2000));
     low.assert_still(&server, Duration::from_millis(2100));
     assert_eq!(server.order(low.id(), "resume").problem(409), "place_lent");
     // one of its own priority waits for it, and so does one of the usual one behind it

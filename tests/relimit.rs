@@ -84,7 +84,7 @@ fn cpu_cores_hold_from_the_next_period_on() {
         limit(&server, &job, &json!({"cpu_cores": if cores < 1.0 { json!(cores) } else { json!(1) }}));
         std::thread::sleep(Duration::from_millis(200)); // what is left of a period that began before
         let (begun, before) = (Instant::now(), job.cpu_time(&server));
-        job.wait_for_cpu(&server, Duration::from_secs_f64(cores));
+        job.wait_for_cpu(&server, Duration::from_secs_f64(cores.min(0.5)));
         (job.cpu_time(&server) - before).as_secs_f64() / begun.elapsed().as_secs_f64()
     };
     let (half, tenth) = (rate(0.5), rate(0.1));
@@ -92,7 +92,8 @@ fn cpu_cores_hold_from_the_next_period_on() {
     assert!(half < 0.6 && tenth < 0.2, "{half} {tenth}");
     let throttled = number(&server.stats(&job), "cpu_throttled_us");
     assert!(throttled > 100_000, "{throttled}");
-    wait_until("it has more again", || (rate(1.0) > 0.6).then_some(()));
+    // more than it could have if it were still held to what it was cut to
+    wait_until("it has more again", || (rate(1.0) > 0.25).then_some(()));
     server.order(job.id(), "cancel").expect(200);
     server.assert_healthy();
 }
@@ -153,11 +154,11 @@ fn times_are_those_of_the_whole_job() {
     limit(&server, &job, &json!({"cpu_time_ms": 60_000}));
     let record = job.finish().expect(200).json();
     assert_eq!(record["outcome"]["kind"], "exited", "{record}");
-    let job = run(&server, &["sleep", "2500"], &json!({"wall_time_ms": 2000}));
+    let job = run(&server, &["sleep", "5500"], &json!({"wall_time_ms": 5000}));
     limit(&server, &job, &json!({"wall_time_ms": 60_000}));
     let record = job.finish().expect(200).json();
     assert_eq!(record["outcome"]["kind"], "exited", "{record}");
-    assert!(record["usage"]["wall_us"].as_u64().unwrap() > 2_000_000, "{record}");
+    assert!(record["usage"]["wall_us"].as_u64().unwrap() > 5_000_000, "{record}");
     // lowered to what is over
     let job = run(&server, &["spin", "60000"], &json!({}));
     job.wait_for_cpu(&server, Duration::from_millis(100));

@@ -5,6 +5,7 @@
 mod support;
 
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -108,7 +109,15 @@ fn waiting_for_the_cpu_shows_as_pressure_where_the_kernel_tells_it() {
     job.wait_for_cpu(&server, Duration::from_millis(300));
     let stats = server.stats(&job);
     let v2 = job.record["isolation"]["cgroups"].get("unified").is_some();
-    if Path::new("/proc/pressure/cpu").exists() && v2 {
+    let doctor = Command::new(env!("CARGO_BIN_EXE_holm")).args(["doctor", "--json"]).output().unwrap();
+    let doctor: Value = serde_json::from_slice(&doctor.stdout).unwrap();
+    let check = |name: &str| {
+        doctor["checks"].as_array().unwrap().iter().find(|check| check["name"] == name).unwrap()["status"].clone()
+    };
+    let told = Path::new("/proc/pressure/cpu").exists() && v2;
+    assert_eq!(check("pressure") == "ok", told, "{doctor}");
+    assert_eq!(check("freezer") == "ok", v2, "{doctor}");
+    if told {
         let pressure = wait_until("it waits for its turn", || {
             let pressure = server.stats(&job)["pressure"].clone();
             (number(&pressure["cpu"]["some"], "total_us") > 100_000).then_some(pressure)

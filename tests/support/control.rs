@@ -42,6 +42,15 @@ impl Server {
         self.patch_json(&format!("/v1/jobs/{}", job.id()), &serde_json::json!({ "limits": limits }))
     }
 
+    /// Lets a job that stands still have so much more wall time, once it goes on.
+    #[track_caller]
+    pub fn limit_wall_time(&self, job: &Running, more: Duration) {
+        let so_far = self.stats(job)["wall_us"].as_u64().unwrap() / 1000;
+        let wall_time = so_far + u64::try_from(more.as_millis()).unwrap();
+        let record = self.limit_job(job, &serde_json::json!({ "wall_time_ms": wall_time })).expect(200).json();
+        assert_eq!(record["state"], "paused", "{record}");
+    }
+
     /// Pauses or resumes a tenant.
     #[track_caller]
     pub fn pause_tenant(&self, tenant: &str, paused: bool) -> Value {

@@ -96,6 +96,8 @@ fn look(lock_dir: &Path) -> Vec<Check> {
         privileges(),
         namespaces(),
         cgroups(),
+        freezer(),
+        pressure(),
         landlock(),
         seccomp(),
         uids(lock_dir),
@@ -208,6 +210,32 @@ fn controllers() -> Vec<Check> {
         }
     };
     plan.describe_extras().into_iter().map(check).collect()
+}
+
+fn freezer() -> Check {
+    match Plan::for_this_process().as_ref().map(Plan::freezer_dir) {
+        Ok((dir, true)) => Check::ok("freezer", format!("v2 `cgroup.freeze` at `{dir}`")),
+        Ok((dir, false)) => Check::warn(
+            "freezer",
+            format!("v1 `freezer` at `{dir}`, whose tasks can only die when they are thawed for it"),
+            "mount a v2 hierarchy beside it: mount -t cgroup2 none /sys/fs/cgroup/unified",
+        ),
+        // `cgroups` says why
+        Err(_) => Check::warn("freezer", "unknown, as there are no cgroups to be had", "see cgroups"),
+    }
+}
+
+fn pressure() -> Check {
+    let v2 = Plan::for_this_process().is_ok_and(|plan| plan.freezer_dir().1);
+    match (read("/proc/pressure/cpu").is_some(), v2) {
+        (true, true) => Check::ok("pressure", "told for each job"),
+        (false, _) => Check::warn("pressure", "the kernel tells none (PSI)", "boot with psi=1"),
+        (true, false) => Check::warn(
+            "pressure",
+            "told for the machine, and not for jobs",
+            "mount a v2 hierarchy beside those of v1: mount -t cgroup2 none /sys/fs/cgroup/unified",
+        ),
+    }
 }
 
 fn landlock() -> Check {

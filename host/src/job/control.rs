@@ -31,6 +31,11 @@ const END_WITHIN: Duration = Duration::from_secs(12);
 /// How long other changes of the same job may take.
 const TURN_WITHIN: Duration = Duration::from_secs(12);
 
+/// How old what is shown of a job may be. A look at its figures costs the launcher some 0.1 ms, one at a thousand processes
+/// 70: in this way no client can have much of its time.
+const STATS_FRESH: Duration = Duration::from_millis(10);
+const PROCESSES_FRESH: Duration = Duration::from_millis(200);
+
 /// How long after a job could not lend its place it may be asked again.
 const LOAN_AGAIN: Duration = Duration::from_secs(1);
 
@@ -136,14 +141,22 @@ impl Jobs {
     pub async fn stats(&self, id: &Uuid) -> Option<StatsRecord> {
         let entry = self.0.registry.get(id)?;
         let live = match (entry.phase(), entry.controls()) {
-            (Phase::InSandbox, Some(controls)) => controls.stats().await.ok(),
+            (Phase::InSandbox, Some(controls)) => {
+                let look = async {
+                    // in this order: whoever sees what a job has said sees too what it did before
+                    let bytes = entry.flows.bytes();
+                    controls.stats().await.map(|stats| (stats, bytes))
+                };
+                let looked = entry.stats.within(entry.changes(), STATS_FRESH, TURN_WITHIN, look).await;
+                looked.and_then(Result::ok)
+            }
             _ => None,
         };
         if live.is_none() && entry.phase() == Phase::InSandbox {
             // its sandbox has just ended, and what it used is about to be written down
             let _ = timeout(END_WITHIN, entry.finished()).await;
         }
-        Some(StatsRecord::new(&entry.record(), live.as_ref(), &entry.flows))
+        Some(StatsRecord::new(&entry.record(), live.as_ref()))
     }
 
     /// The processes of a job that is in its sandbox; none of another.
@@ -153,8 +166,8 @@ impl Jobs {
     pub async fn processes(&self, id: &Uuid) -> Result<Vec<ProcessInfo>, ControlError> {
         let Some(entry) = self.0.registry.get(id) else { return Ok(Vec::new()) };
         let (Phase::InSandbox, Some(controls)) = (entry.phase(), entry.controls()) else { return Ok(Vec::new()) };
-        let _one_at_a_time = timeout(TURN_WITHIN, entry.listing.lock()).await.map_err(|_| ControlError::Busy)?;
-        match controls.processes().await {
+        let looked = entry.processes.within(entry.changes(), PROCESSES_FRESH, TURN_WITHIN, controls.processes()).await;
+        match looked.ok_or(ControlError::Busy)? {
             Ok(mut processes) => {
                 processes.sort_by_key(|process| process.pid);
                 Ok(processes)

@@ -1,9 +1,11 @@
 //! One job as long as it is known: its record, how far it has come, and what can be done with it meanwhile.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use holm_sandbox::name::Name;
+use holm_sandbox::usage::{ProcessInfo, Stats};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -38,12 +40,56 @@ pub(super) struct Entry {
     controls: OnceLock<Controls>,
     /// Held by whoever changes how it runs: one after the other.
     pub(super) turn: tokio::sync::Mutex<Holds>,
-    /// Held by whoever has its processes listed.
-    pub(super) listing: tokio::sync::Mutex<()>,
+    /// What it used, the bytes of its streams, and which processes it had, when somebody last looked.
+    pub(super) stats: Look<(Stats, (u64, u64))>,
+    pub(super) processes: Look<Vec<ProcessInfo>>,
+    /// How often it has been made to stand still, to go on, or to have other limits.
+    changes: AtomicU64,
     /// Its own sandbox is frozen.
     frozen: AtomicBool,
     /// Its tenant is.
     pub(super) tenant_paused: Arc<AtomicBool>,
+}
+
+/// What was seen when somebody last looked, for those who look again at once: each look costs the launcher time that is
+/// everybody's. Held while one looks.
+#[derive(Debug)]
+pub(super) struct Look<T>(tokio::sync::Mutex<Option<Seen<T>>>);
+
+#[derive(Debug)]
+struct Seen<T> {
+    at: Instant,
+    /// How often the job had been changed by then.
+    changes: u64,
+    value: T,
+}
+
+impl<T> Default for Look<T> {
+    fn default() -> Self {
+        Self(tokio::sync::Mutex::default())
+    }
+}
+
+impl<T: Clone> Look<T> {
+    /// What was seen less than `fresh` ago and after the last of so many `changes`, or else what `look` sees now. `None` if
+    /// it cannot be had within `patience`.
+    pub(super) async fn within<E>(
+        &self,
+        changes: u64,
+        fresh: Duration,
+        patience: Duration,
+        look: impl Future<Output = Result<T, E>>,
+    ) -> Option<Result<T, E>> {
+        let mut seen = tokio::time::timeout(patience, self.0.lock()).await.ok()?;
+        if let Some(seen) = seen.as_ref().filter(|seen| seen.at.elapsed() < fresh && seen.changes == changes) {
+            return Some(Ok(seen.value.clone()));
+        }
+        let (at, looked) = (Instant::now(), look.await);
+        if let Ok(value) = &looked {
+            *seen = Some(Seen { at, changes, value: value.clone() });
+        }
+        Some(looked)
+    }
 }
 
 /// Who wants a job to stand still, its tenant apart.
@@ -82,6 +128,13 @@ pub(super) struct Flows {
     pub(super) errors: Arc<Flow>,
 }
 
+impl Flows {
+    /// Of input and of standard output.
+    pub(super) fn bytes(&self) -> (u64, u64) {
+        (self.input.bytes(), self.output.bytes())
+    }
+}
+
 impl Entry {
     /// `record` is that of a job which waits for a place.
     pub(super) fn new(
@@ -108,7 +161,9 @@ impl Entry {
             permit: OnceLock::new(),
             controls: OnceLock::new(),
             turn: tokio::sync::Mutex::default(),
-            listing: tokio::sync::Mutex::default(),
+            stats: Look::default(),
+            processes: Look::default(),
+            changes: AtomicU64::new(0),
             frozen: AtomicBool::new(false),
             tenant_paused,
         }
@@ -148,8 +203,14 @@ impl Entry {
 
     /// Other limits hold for it from now on.
     pub(super) fn set_limits(&self, limits: Limits) {
+        self.changes.fetch_add(1, Ordering::SeqCst);
         self.update(|record| record.limits = limits.to_json());
         *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
+    }
+
+    /// Another number whenever it has been changed while it runs, or its tenant paused or resumed.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::SeqCst) << 1 | u64::from(self.tenant_paused.load(Ordering::SeqCst))
     }
 
     /// Whether its own sandbox stands still.
@@ -159,6 +220,7 @@ impl Entry {
 
     /// The kernel says that its sandbox stands still, or goes on.
     pub(super) fn set_frozen(&self, frozen: bool) {
+        self.changes.fetch_add(1, Ordering::SeqCst);
         self.frozen.store(frozen, Ordering::SeqCst);
     }
 
@@ -210,5 +272,26 @@ impl Entry {
     /// Waits until it is over.
     pub(super) async fn finished(&self) {
         let _ = self.phase.subscribe().wait_for(|phase| *phase == Phase::Over).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn who_looks_again_at_once_sees_the_same_unless_something_was_changed() {
+        let (looks, looked) = (Look::default(), std::sync::atomic::AtomicU64::new(0));
+        let look = async |changes| {
+            let now = async { Ok::<_, ()>(looked.fetch_add(1, Ordering::SeqCst)) };
+            looks.within(changes, Duration::from_secs(3600), Duration::from_secs(1), now).await
+        };
+        assert_eq!((look(0).await, look(0).await), (Some(Ok(0)), Some(Ok(0))));
+        assert_eq!((look(1).await, look(1).await), (Some(Ok(1)), Some(Ok(1))));
+        let failed = async { Err::<u64, _>("gone") };
+        assert_eq!(looks.within(2, Duration::ZERO, Duration::from_secs(1), failed).await, Some(Err("gone")));
+        // somebody else looks, and does not come to an end
+        let _other = looks.0.lock().await;
+        assert_eq!(look(3).await, None);
     }
 }

@@ -9,7 +9,6 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::entry::Flows;
 use super::outcome::Outcome;
 
 /// Where a job is in its life.
@@ -193,14 +192,16 @@ pub struct StallRecord {
 }
 
 impl StatsRecord {
-    /// Of a job with this record; `live` is what the kernel tells of one that is in its sandbox.
-    pub(super) fn new(record: &JobRecord, live: Option<&Stats>, flows: &Flows) -> Self {
+    /// Of a job with this record; `live` is what the kernel tells of one that is in its sandbox, and the bytes of its input
+    /// and output.
+    pub(super) fn new(record: &JobRecord, live: Option<&(Stats, (u64, u64))>) -> Self {
         let mut usage = record.usage;
-        if record.state != State::Finished {
-            live.iter().for_each(|live| usage.measure(&live.usage));
-            (usage.input_bytes, usage.output_bytes) = (flows.input.bytes(), flows.output.bytes());
-        }
         let live = live.filter(|_| record.state != State::Finished);
+        if let Some((live, bytes)) = live {
+            usage.measure(&live.usage);
+            (usage.input_bytes, usage.output_bytes) = *bytes;
+        }
+        let live = live.map(|(live, _)| live);
         let pressure = live.map(|live| live.pressure).unwrap_or_default();
         let pressure = [("cpu", pressure.cpu), ("memory", pressure.memory), ("io", pressure.io)];
         Self {

@@ -20,6 +20,13 @@ impl Plan {
         let index = self.v2.unwrap_or(self.roles[&Role::Freezer]);
         Freezer { dir: level.dir(index), v2: self.v2.is_some() }
     }
+
+    /// Where this process's own cgroup is in the hierarchy that freezes, and whether that is one of v2.
+    #[must_use]
+    pub fn freezer_dir(&self) -> (String, bool) {
+        let index = self.v2.unwrap_or(self.roles[&Role::Freezer]);
+        (self.hierarchies[index].own_dir.display().to_string(), self.v2.is_some())
+    }
 }
 
 impl Freezer<'_> {

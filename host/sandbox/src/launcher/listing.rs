@@ -40,20 +40,22 @@ impl Launcher<'_> {
         }
     }
 
-    /// Goes on with each list by a few processes. True if there is more to do.
+    /// Goes on with one of the lists, by a few processes. True if there is more to do.
     pub(super) fn list_some(&mut self) -> bool {
-        for mut listing in std::mem::take(&mut self.listings) {
-            let Some(live) = self.live.get(&listing.id) else {
-                self.answer(listing.request, Err(OrderError::Ended));
-                continue;
-            };
-            let now = listing.pids.split_off(listing.pids.len().saturating_sub(PROCESSES_AT_ONCE));
-            let some = now.into_iter().filter_map(|pid| look_at(pid, &live.leaf).ok().flatten()).collect();
-            let last = listing.pids.is_empty();
-            self.answer(listing.request, Ok(Answer::Processes { some, last }));
-            if !last {
-                self.listings.push(listing);
-            }
+        if self.listings.is_empty() {
+            return false;
+        }
+        let mut listing = self.listings.remove(0);
+        let Some(live) = self.live.get(&listing.id) else {
+            self.answer(listing.request, Err(OrderError::Ended));
+            return !self.listings.is_empty();
+        };
+        let now = listing.pids.split_off(listing.pids.len().saturating_sub(PROCESSES_AT_ONCE));
+        let some = now.into_iter().filter_map(|pid| look_at(pid, &live.leaf).ok().flatten()).collect();
+        let last = listing.pids.is_empty();
+        self.answer(listing.request, Ok(Answer::Processes { some, last }));
+        if !last {
+            self.listings.push(listing); // the others in between
         }
         !self.listings.is_empty()
     }
