@@ -5,15 +5,15 @@
 //! against where every one is mounted and set for the tenant.
 
 #![allow(clippy::unwrap_used)] // a measurement that cannot go on should say where
-#![allow(clippy::print_stdout)] // it prints its tables
+#![allow(clippy::print_stdout, clippy::print_stderr)] // it prints its tables, and what could not be set
 
 mod support;
 
 use std::fs::{self, File};
-use std::io::{Seek, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{self, BufRead, BufReader, Seek, Write};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use holm::inside::{LAUNCHER, launcher_main};
@@ -29,12 +29,7 @@ use holm_sandbox::uids::LOCK_DIR;
 use holm_sandbox::usage::Exit;
 use holm_sandbox::wire::Packets;
 use holm_sandbox::workload::JobMessage;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, setns, unshare};
-use support::{Side, empty_program, interleave, rounds};
-
-/// The controllers that every job has a cgroup of its own for.
-const OF_JOBS: [&str; 5] = ["cpu", "cpuacct", "memory", "pids", "freezer"];
+use support::{empty_program, rounds};
 
 /// What is written for each controller to limit a job, where something is.
 const LIMITS: [(&str, &str, &str); 12] = [
@@ -53,8 +48,14 @@ const LIMITS: [(&str, &str, &str); 12] = [
 ];
 
 fn main() {
-    if std::env::args().next().as_deref() == Some(LAUNCHER) {
+    let args: Vec<String> = std::env::args().collect();
+    if args[0] == LAUNCHER {
         std::process::exit(launcher_main());
+    }
+    if let [_, side, name] = &args[..]
+        && side == SIDE
+    {
+        return Bench::start(name).serve();
     }
     each_by_itself();
     all_together();
@@ -143,29 +144,84 @@ impl Controller {
 
 // all together
 
+/// The first argument of a process of this program that launches what it is told to.
+const SIDE: &str = "side";
+
+/// Leaves only those hierarchies of v1 in sight that every job needs.
+const FEWER: &str = r#"sed -n 's/^[^ ]* \([^ ]*\) cgroup .*/\1/p' /proc/mounts | while read -r at; do
+    case ${at##*/} in *cpu | *cpuacct | cpu,cpuacct | memory | pids | freezer) ;; *) umount "$at" ;; esac
+done
+exec "$@""#;
+
+/// Mounts those of v1 that are not mounted as often as not. On pure v2 there is nothing to be mounted.
+const MORE: &str = r#"grep -q ' cgroup ' /proc/mounts && for name in hugetlb net_cls net_prio; do
+    grep -q " cgroup .*[, ]$name[, ]" /proc/mounts || { mkdir -p "$D/$name" && mount -t cgroup -o "$name" none "$D/$name"; }
+done
+exec "$@""#;
+
 fn all_together() {
-    let few = Bench::start_among("few", |mounted| OF_JOBS.iter().any(|name| mounted.contains(name)), &[]);
-    let mut all = Bench::start_among("all", |_| true, &["hugetlb", "net_cls", "net_prio"]);
-    let set = all.set_everything("all");
-    let (few, all) = (std::cell::RefCell::new(few), std::cell::RefCell::new(all));
-    let times = interleave(vec![
-        Side {
-            name: "only cpu, cpuacct, memory, pids, freezer to be seen",
-            run: Box::new(|| few.borrow_mut().run("few")),
-        },
-        Side { name: "every controller mounted, none set", run: Box::new(|| all.borrow_mut().run("none")) },
-        Side { name: "every controller mounted and set", run: Box::new(|| all.borrow_mut().run("all")) },
-    ]);
-    println!("\nWhole launches of an empty native program ({} rounds, interleaved)\n", rounds());
-    println!("set for the tenant: {}\n", set.join(", "));
-    println!("| | p50 µs | p99 µs | jobs/s | jobs/s ÷ first |\n|---|---:|---:|---:|---:|");
-    let rate = |part: &support::Times| 1.0 / part.at(0.5).as_secs_f64();
-    for side in &times {
-        let (p50, p99) = (side.at(0.5).as_secs_f64() * 1e6, side.at(0.99).as_secs_f64() * 1e6);
-        println!("| {} | {p50:.0} | {p99:.0} | {:.0} | {:.2} |", side.name, rate(side), rate(side) / rate(&times[0]));
+    let dir = tempfile::tempdir().unwrap();
+    let mut few = Launches::start("few", FEWER, dir.path());
+    let mut all = Launches::start("all", MORE, dir.path());
+    let set = all.ask("set all");
+    let mut times = [const { Vec::new() }; 3];
+    for round in 0..rounds() + 5 {
+        let one = [few.ask("run few"), all.ask("run none"), all.ask("run all")];
+        // the first rounds fault pages in and make directories
+        if round >= 5 {
+            times.iter_mut().zip(one).for_each(|(times, ns)| times.push(Duration::from_nanos(ns.parse().unwrap())));
+        }
     }
-    few.into_inner().end();
-    all.into_inner().end();
+    println!("\nWhole launches of an empty native program ({} rounds, interleaved)\n", rounds());
+    println!("Set for the tenant: {set}.\n");
+    println!("| | p50 µs | p99 µs | jobs/s | jobs/s ÷ first |\n|---|---:|---:|---:|---:|");
+    let names = [
+        "only cpu, cpuacct, memory, pids, freezer to be seen",
+        "every controller mounted, none set",
+        "every controller mounted and set",
+    ];
+    times.iter_mut().for_each(|times| times.sort_unstable());
+    let p50 = |times: &Vec<Duration>| times[times.len() / 2].as_secs_f64();
+    let first = p50(&times[0]);
+    for (name, times) in names.iter().zip(&times) {
+        let (middle, worst) = (p50(times), times[times.len() * 99 / 100].as_secs_f64() * 1e6);
+        println!("| {name} | {:.0} | {worst:.0} | {:.0} | {:.2} |", middle * 1e6, 1.0 / middle, first / middle);
+    }
+}
+
+/// A process that launches, with hierarchies of its own to be seen.
+struct Launches {
+    child: Child,
+    orders: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Launches {
+    /// Starts one in a mount namespace in which `script` has been run.
+    fn start(name: &str, script: &str, dir: &Path) -> Self {
+        let own = std::env::current_exe().unwrap();
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "sh", "-c", script, "sh"]).arg(own).args([SIDE, name]);
+        let mut child =
+            command.env("D", dir).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("start `unshare`");
+        let (orders, answers) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+        Self { child, orders, answers }
+    }
+
+    fn ask(&mut self, order: &str) -> String {
+        writeln!(self.orders, "{order}").unwrap();
+        let mut answer = String::new();
+        self.answers.read_line(&mut answer).unwrap();
+        answer.trim_end().to_owned()
+    }
+}
+
+impl Drop for Launches {
+    fn drop(&mut self) {
+        // the end of its orders; what has gone wrong there has been told there
+        let _ = writeln!(self.orders, "end");
+        let _ = self.child.wait();
+    }
 }
 
 struct Bench {
@@ -176,38 +232,35 @@ struct Bench {
 }
 
 impl Bench {
-    /// Starts a launcher where those hierarchies are to be seen whose controllers `keep` likes, and those in `more` as
-    /// well. What is mounted and unmounted for that is so for the launcher alone.
-    fn start_among(name: &str, keep: impl Fn(&[&str]) -> bool, more: &[&str]) -> Self {
-        let own = File::open("/proc/self/ns/mnt").unwrap();
-        unshare(CloneFlags::CLONE_NEWNS).unwrap();
-        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
-        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-        let v1 = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>()).filter(|fields| fields[2] == "cgroup");
-        let v1: Vec<(&str, Vec<&str>)> = v1.map(|fields| (fields[1], fields[3].split(',').collect())).collect();
-        for (at, _) in v1.iter().filter(|(_, controllers)| !keep(controllers)) {
-            umount2(*at, MntFlags::MNT_DETACH).unwrap();
-        }
-        let dir = tempfile::tempdir().unwrap();
-        // on pure v2 there is nothing to be mounted
-        for controller in more.iter().filter(|_| !v1.is_empty()) {
-            if !v1.iter().any(|(_, mounted)| mounted.contains(controller)) {
-                let at = dir.path().join(controller);
-                fs::create_dir(&at).unwrap();
-                // one that the kernel does not have is not set either
-                let _ = mount(Some("none"), &at, Some("cgroup"), MsFlags::empty(), Some(*controller));
-            }
-        }
+    fn start(name: &str) -> Self {
         let (launcher, child) = spawn(LAUNCHER).unwrap();
         let instance = format!("bench-{name}-{}", std::process::id()).parse().unwrap();
         let config = LauncherConfig { version: VERSION, instance, lock_dir: LOCK_DIR.into(), ahead: true };
         launcher.send(&ToLauncher::Configure(config), &[] as &[OwnedFd]).unwrap();
         wait_up(&launcher).unwrap();
-        setns(own.as_fd(), CloneFlags::CLONE_NEWNS).unwrap();
         let mut program = tempfile::tempfile().unwrap();
         program.write_all(&empty_program()).unwrap();
         program.rewind().unwrap();
         Self { launcher, child, program, next: 1 }
+    }
+
+    /// Does what it is told, a line each: sets everything for a tenant, or launches for one and tells how long that took.
+    fn serve(mut self) {
+        for line in io::stdin().lines() {
+            let line = line.unwrap();
+            match line.split(' ').collect::<Vec<_>>()[..] {
+                ["set", tenant] => println!("{}", self.set_everything(tenant).join(", ")),
+                ["run", tenant] => {
+                    let begun = Instant::now();
+                    self.run(tenant);
+                    println!("{}", begun.elapsed().as_nanos());
+                }
+                _ => break,
+            }
+        }
+        let Self { launcher, mut child, .. } = self;
+        drop(launcher);
+        assert!(child.wait().unwrap().success());
     }
 
     /// Sets everything for a tenant that the launcher can enforce. Gives the names.
@@ -238,17 +291,11 @@ impl Bench {
                     ceiling = with;
                     taken.push(name);
                 }
-                FromLauncher::CeilingSet { result: Err(error), .. } => println!("not set: {error}"),
+                FromLauncher::CeilingSet { result: Err(error), .. } => eprintln!("not set: {error}"),
                 other => panic!("{other:?}"),
             }
         }
         taken
-    }
-
-    fn end(self) {
-        let Self { launcher, mut child, .. } = self;
-        drop(launcher);
-        assert!(child.wait().unwrap().success());
     }
 
     fn recv(&self) -> FromLauncher {
