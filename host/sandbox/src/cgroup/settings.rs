@@ -43,7 +43,11 @@ pub(super) fn cpus_of(dir: &Dir, v2: bool) -> nix::Result<CpuSet> {
 /// Keeps a cgroup to `cpus`, or lets it have all of `parent`'s.
 pub(super) fn set_cpus(parent: &Dir, dir: &Dir, v2: bool, cpus: Option<&CpuSet>) -> nix::Result<()> {
     match cpus {
-        None if v2 => dir.write("cpuset.cpus", "\n"),
+        None if v2 => match dir.write("cpuset.cpus", "\n") {
+            // while there are processes it must have some: all that there are, then
+            Err(Errno::ENOSPC) => dir.write("cpuset.cpus", read(parent, "cpuset.cpus.effective")?.trim_end()),
+            other => other,
+        },
         None => inherit_cpus(parent, dir),
         Some(cpus) => {
             dir.write("cpuset.cpus", &cpus.to_string())?;
