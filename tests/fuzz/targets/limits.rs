@@ -1,9 +1,10 @@
 //! Limits of a job, from the JSON of a request to what the launcher is asked for. The input is a letter for the runtime,
-//! then a line of JSON each: the request's, the plugin's, the tenant's defaults, the tenant's maximums, the server's.
+//! then a line of JSON each: the request's, the plugin's, the tenant's defaults, the tenant's maximums, the server's. The
+//! request's is a change of a running job's limits as well.
 #![no_main]
 
 #[allow(dead_code)]
-#[path = "../../../host/src/limit.rs"]
+#[path = "../../../host/src/limit/mod.rs"]
 mod limit;
 
 use libfuzzer_sys::fuzz_target;
@@ -27,6 +28,7 @@ fuzz_target!(|text: &str| {
     // what was stored under other maximums may lie above today's
     let (defaults, plugin) =
         (stored(2, &Maximums::default()), Given::from_stored(&stored(1, &Maximums::default()).to_json()));
+    changed(&Limits::resolve(runtime, &[&plugin, &defaults], &maximums), &given(0), &maximums);
     let request = match Given::read(&given(0), Some(runtime), &maximums) {
         Ok(request) => request,
         Err(error) => {
@@ -59,3 +61,26 @@ fuzz_target!(|text: &str| {
         assert_eq!(limits.for_sandbox().check(), Ok(()), "the launcher takes what the server has checked: {limits:?}");
     }
 });
+
+/// Lays `json` over the limits of a job that runs: all that is allowed is in range, and the launcher takes it.
+fn changed(first: &Limits, json: &Map<String, Value>, maximums: &Maximums) {
+    let changed = match first.changed(json, first, first, maximums) {
+        Ok(changed) => changed,
+        Err(error) => {
+            assert!(!error.to_string().is_empty());
+            return;
+        }
+    };
+    for limit in Limit::ALL {
+        let value = changed.get(limit);
+        assert!(value == first.get(limit) || limit.changes_while_running(), "{limit:?}: {value:?}");
+        assert!(value <= maximums.of(limit).max(first.get(limit)), "{limit:?}: {value:?}");
+    }
+    if first.check(maximums).is_ok() && changed.check(maximums).is_ok() {
+        assert_eq!(
+            changed.for_sandbox().check(),
+            Ok(()),
+            "the launcher takes what the server has checked: {changed:?}"
+        );
+    }
+}

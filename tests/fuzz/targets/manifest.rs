@@ -6,7 +6,7 @@
 #[path = "../../../host/src/server/form.rs"]
 mod form;
 #[allow(dead_code)]
-#[path = "../../../host/src/limit.rs"]
+#[path = "../../../host/src/limit/mod.rs"]
 mod limit;
 #[allow(dead_code)]
 #[path = "../../../host/src/plugin/settings.rs"]
