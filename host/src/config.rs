@@ -54,6 +54,10 @@ pub struct Config {
     pub parked_sandboxes: usize,
     /// How long sandboxes wait after their plugin's last job.
     pub parked_idle_ms: u64,
+    /// Zygotes, each a process that has one WebAssembly plugin loaded and is what its sandboxes are cloned from, at most.
+    pub zygotes: usize,
+    /// How long a zygote is kept after its plugin's last job.
+    pub zygote_idle_ms: u64,
     /// Memory of one compilation.
     pub compile_memory_bytes: u64,
     /// CPU time of one compilation.
@@ -93,6 +97,8 @@ impl Default for Config {
             parked_per_plugin: 4,
             parked_sandboxes: 64,
             parked_idle_ms: 2000,
+            zygotes: 256,
+            zygote_idle_ms: 10_000,
             compile_memory_bytes: 1 << 30,
             compile_cpu_time_ms: 60_000,
             compile_wall_time_ms: 60_000,
@@ -205,6 +211,8 @@ impl Config {
             ("body_timeout_ms", self.body_timeout_ms),
             ("drain_timeout_ms", self.drain_timeout_ms),
             ("parked_idle_ms", self.parked_idle_ms),
+            ("zygotes", self.zygotes as u64),
+            ("zygote_idle_ms", self.zygote_idle_ms),
             ("compile_artifact_bytes", self.compile_artifact_bytes),
         ];
         if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {

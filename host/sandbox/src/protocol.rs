@@ -1,6 +1,7 @@
 //! What server and launcher say to each other. The launcher is the privileged end: it checks every field it uses.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +25,10 @@ pub struct LauncherConfig {
     pub lock_dir: PathBuf,
     /// Make what sandboxes need before they are asked for.
     pub ahead: bool,
+    /// The most zygotes at once. At least 1.
+    pub zygotes: usize,
+    /// How long a zygote without a sandbox is kept.
+    pub zygote_idle: Duration,
 }
 
 /// From the server.
@@ -50,8 +55,15 @@ pub enum ToLauncher {
         /// Its new ceiling.
         ceiling: Ceiling,
     },
-    /// A tenant is deleted: forget the ceiling that has been set for it.
-    ForgetCeiling(Name),
+    /// A tenant is deleted: forget the ceiling that has been set for it, and end what its sandboxes are cloned from.
+    ForgetTenant(Name),
+    /// A program of a tenant's is deleted: end what its sandboxes are cloned from.
+    ForgetProgram {
+        /// Whose.
+        tenant: Name,
+        /// Which.
+        program: Name,
+    },
 }
 
 impl ToLauncher {
@@ -60,7 +72,11 @@ impl ToLauncher {
     pub fn fds(&self) -> usize {
         match self {
             Self::Launch { .. } => 2,
-            Self::Configure(_) | Self::Kill(_) | Self::SetCeiling { .. } | Self::ForgetCeiling(_) => 0,
+            Self::Configure(_)
+            | Self::Kill(_)
+            | Self::SetCeiling { .. }
+            | Self::ForgetTenant(_)
+            | Self::ForgetProgram { .. } => 0,
         }
     }
 }

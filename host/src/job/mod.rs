@@ -193,12 +193,13 @@ impl Jobs {
         Some(entry.record())
     }
 
-    /// Ends the jobs of a plugin, or all of a tenant's.
-    pub fn end_all_of(&self, tenant: &Name, plugin: Option<&Name>) {
-        for entry in self.0.registry.live(tenant, plugin) {
+    /// Ends the jobs of a deleted plugin.
+    pub fn end_all_of(&self, tenant: &Name, plugin: &Name) {
+        for entry in self.0.registry.live(tenant, Some(plugin)) {
             entry.stop(Stop::Cancelled);
         }
-        self.unpark(tenant, plugin);
+        self.unpark(tenant, Some(plugin));
+        self.0.parking.forget(tenant.clone(), plugin.clone());
     }
 
     /// Gives up the sandboxes that wait for jobs of a plugin, or of all of a tenant's, because what they were made of

@@ -9,7 +9,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use holm_runtime::invocation::{Invocation, Report};
-use holm_sandbox::spec::{Kind, SandboxSpec};
+use holm_sandbox::spec::{ArtifactId, Kind, SandboxSpec};
 use holm_sandbox::usage::{Isolation, KillCause, SandboxReport};
 use jiff::Timestamp;
 use tokio::io::AsyncWriteExt;
@@ -21,7 +21,7 @@ use super::record::{IsolationRecord, JobRecord, Start, State, UsageRecord};
 use super::registry::Entry;
 use super::{Artifact, Finished, Input, JobRequest, Jobs, Streams, Supply};
 use crate::admission::{AdmissionError, Permit};
-use crate::launcher::{Collected, Collector, Content, Recipe, Sandbox, SandboxError, Stdio, StreamError};
+use crate::launcher::{Collected, Collector, Content, Sandbox, SandboxError, Stdio, StreamError};
 use crate::limit::{Limit, Runtime};
 use crate::plugin::Plugin;
 use crate::store::ArtifactError;
@@ -136,11 +136,11 @@ async fn launch(
     let asked = Instant::now();
     let Supply { artifact, streams } = supply;
     let artifact = runnable(jobs, &request.tenant, &request.plugin, artifact).await?;
-    let recipe = Recipe { spec: spec(request), artifact: *request.plugin.revision.bytes() };
+    let spec = spec(request);
     let invocation = invocation(entry, request);
-    let (manned, start) = match parked(jobs, &recipe, &artifact, &invocation).await? {
+    let (manned, start) = match parked(jobs, &spec, &artifact, &invocation).await? {
         Some(manned) => (manned, Start::Parked),
-        None => match made(jobs, entry, recipe.spec, artifact, &invocation).await? {
+        None => match made(jobs, entry, spec, artifact, &invocation).await? {
             Ok(manned) => (manned, Start::Cold),
             Err(Unmanned::Cancelled) => return Ok(End::without_run(Outcome::Cancelled, *usage)),
             Err(Unmanned::TooSmall(report)) => return Ok(too_small_to_begin(request, &report, usage)),
@@ -174,11 +174,11 @@ enum Unmanned {
 /// Gives the job to a sandbox that has been waiting for one, if there is any.
 async fn parked(
     jobs: &Jobs,
-    recipe: &Recipe,
+    spec: &SandboxSpec,
     artifact: &File,
     invocation: &Invocation,
 ) -> Result<Option<Manned>, Fault> {
-    while let Some((sandbox, isolation)) = jobs.0.parking.take(recipe, artifact) {
+    while let Some((sandbox, isolation)) = jobs.0.parking.take(spec, artifact) {
         let Stdio { stdin, stdout, stderr, theirs } = Stdio::make().map_err(Fault::Pipe)?;
         // else it has died this moment, and nothing of the job has begun
         if sandbox.give(invocation, theirs).await.is_ok() {
@@ -188,7 +188,7 @@ async fn parked(
     Ok(None)
 }
 
-/// Has a sandbox made for the job, and gives it to it.
+/// Has a sandbox made for the job. It finds the job waiting when it is admitted, and not a moment before that.
 async fn made(
     jobs: &Jobs,
     entry: &Entry,
@@ -197,6 +197,8 @@ async fn made(
     invocation: &Invocation,
 ) -> Result<Result<Manned, Unmanned>, Fault> {
     let (mut sandbox, _waiting) = jobs.0.parking.launch(spec, artifact)?;
+    let Stdio { stdin, stdout, stderr, theirs } = Stdio::make().map_err(Fault::Pipe)?;
+    let given = sandbox.give(invocation, theirs).await;
     let ready = tokio::select! {
         ready = sandbox.ready() => ready,
         () = entry.cancel.cancelled() => {
@@ -211,15 +213,8 @@ async fn made(
         }
         Err(error) => return Err(error.into()),
     };
-    let Stdio { stdin, stdout, stderr, theirs } = Stdio::make().map_err(Fault::Pipe)?;
-    if let Err(fault) = sandbox.give(invocation, theirs).await {
-        sandbox.killer().kill();
-        let (_, end) = sandbox.run(|| {}).await?;
-        if end.usage.oom_kills > 0 {
-            return Ok(Err(Unmanned::TooSmall(SandboxReport { killed: Some(KillCause::Memory), ..end })));
-        }
-        return Err(fault.into());
-    }
+    // a sandbox that was not made tells why before that
+    given?;
     Ok(Ok(Manned { sandbox, isolation, stdin, stdout, stderr }))
 }
 
@@ -370,6 +365,8 @@ fn spec(request: &JobRequest) -> SandboxSpec {
         ceiling: request.tenant.ceiling(),
         kind: kind(request.plugin.runtime),
         program: request.plugin.name.clone(),
+        artifact: ArtifactId(*request.plugin.revision.bytes()),
+        fresh_network: request.tenant.wants_fresh_networks(),
         limits: request.limits.for_sandbox(),
     }
 }

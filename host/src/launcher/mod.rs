@@ -22,7 +22,7 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use self::ceilings::SetCeilingError;
 use self::packets::AsyncPackets;
-pub use self::parking::{Parking, ParkingRules, Recipe};
+pub use self::parking::{Parking, ParkingRules};
 pub use self::sandbox::{Killer, Sandbox, SandboxError};
 pub use self::streams::{Collected, Collector, Content, Stdio, StreamError};
 

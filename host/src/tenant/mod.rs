@@ -72,6 +72,12 @@ impl Tenant {
         Maximums::least_of(vec![server.clone(), self.0.settings.job_maximums()])
     }
 
+    /// Whether each of its jobs must have a network namespace that no other had before.
+    #[must_use]
+    pub fn wants_fresh_networks(&self) -> bool {
+        self.0.settings.fresh_netns()
+    }
+
     /// The ceiling over all of its jobs.
     #[must_use]
     pub fn ceiling(&self) -> holm_sandbox::limits::Ceiling {

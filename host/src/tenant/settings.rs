@@ -27,7 +27,7 @@ pub struct TenantSettings {
     /// Not available in this version.
     #[serde(skip_serializing_if = "Option::is_none")]
     priority: Option<Value>,
-    /// Never recycle a network namespace. This version never does, so both values hold.
+    /// Never give a job a network namespace that another job has had before.
     #[serde(skip_serializing_if = "Option::is_none")]
     fresh_netns: Option<bool>,
 }
@@ -117,6 +117,12 @@ impl TenantSettings {
     #[must_use]
     pub fn job_maximums(&self) -> Given {
         Given::from_stored(&self.job_maximums)
+    }
+
+    /// Whether each job must have a network namespace that no other had before.
+    #[must_use]
+    pub fn fresh_netns(&self) -> bool {
+        self.fresh_netns.unwrap_or(false)
     }
 
     /// The ceiling over all jobs.

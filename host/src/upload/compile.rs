@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use holm_runtime::invocation::{Exports, Invocation, Report};
 use holm_sandbox::limits::Limits;
-use holm_sandbox::spec::{Kind, SandboxSpec};
+use holm_sandbox::spec::{ArtifactId, Kind, SandboxSpec};
 use holm_sandbox::usage::{KillCause, SandboxReport};
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
@@ -114,7 +114,11 @@ impl Compiler {
         let _permit = self.admission.admit_within(tenant, ALLOWANCE, 0).await.map_err(CompileError::Busy)?;
         let out = TempFile::make(dir).map_err(|error| CompileError::Host(error.into()))?;
         tokio::select! {
-            made = self.run(tenant, source, &out) => made.map(|exports| (out, exports)),
+            made = self.run(tenant, source, &out) => {
+                let exports = made?;
+                out.finish().map_err(|error| CompileError::Host(error.into()))?;
+                Ok((out, exports))
+            }
             () = self.stop.cancelled() => Err(CompileError::Busy(AdmissionError::Draining)),
         }
     }
@@ -157,7 +161,16 @@ impl Compiler {
             stack_bytes: 8 << 20,
         };
         let program = COMPILER.parse().unwrap_or_else(|_| unreachable!("`{COMPILER}` is a name"));
-        SandboxSpec { tenant: tenant.name().clone(), ceiling: tenant.ceiling(), kind: Kind::Compile, program, limits }
+        SandboxSpec {
+            tenant: tenant.name().clone(),
+            ceiling: tenant.ceiling(),
+            kind: Kind::Compile,
+            program,
+            // each has a sandbox to itself
+            artifact: ArtifactId([0; 32]),
+            fresh_network: true,
+            limits,
+        }
     }
 
     fn verdict(&self, end: SandboxReport, report: Option<Report>, written: u64) -> Result<Exports, CompileError> {

@@ -55,7 +55,11 @@ fn obey(message: &ToLauncher) {
     match message {
         ToLauncher::Configure(config) => name(config.instance.as_str()),
         ToLauncher::Kill(_) => {}
-        ToLauncher::ForgetCeiling(tenant) => name(tenant.as_str()),
+        ToLauncher::ForgetTenant(tenant) => name(tenant.as_str()),
+        ToLauncher::ForgetProgram { tenant, program } => {
+            name(tenant.as_str());
+            name(program.as_str());
+        }
         ToLauncher::SetCeiling { tenant, ceiling, .. } => {
             name(tenant.as_str());
             let _ = ceiling.check();

@@ -17,6 +17,7 @@ mod lies;
 mod slowness;
 mod steps;
 mod stuck;
+mod zygotes;
 
 use libtest_mimic::{Arguments, Trial};
 use nix::unistd::{Gid, setgroups};
@@ -34,6 +35,7 @@ fn main() {
     }
     let mut trials = Vec::new();
     trials.extend(steps::trials());
+    trials.extend(zygotes::trials());
     trials.extend(lies::trials());
     trials.extend(hostile::trials());
     trials.extend(death::trials());

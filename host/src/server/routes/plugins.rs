@@ -208,7 +208,7 @@ pub(super) async fn delete(
     let now = existing(&app, &tenant, &name)?;
     let allowed = precondition(Conditions::of(&headers)?);
     app.store.delete_plugin(now.tenant.clone(), now.name.clone(), allowed).await?;
-    app.jobs.end_all_of(&now.tenant, Some(&now.name));
+    app.jobs.end_all_of(&now.tenant, &now.name);
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -122,7 +122,7 @@ pub(super) async fn delete(
     let name = tenant.name().clone();
     app.store.delete_tenant(name.clone(), precondition(Conditions::of(&headers)?)).await?;
     app.jobs.forget(&name).await;
-    app.launcher.forget_ceiling(name);
+    app.launcher.forget_tenant(name);
     Ok(StatusCode::NO_CONTENT)
 }
 
