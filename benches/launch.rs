@@ -52,7 +52,8 @@ impl Bench {
     fn start() -> Self {
         let (launcher, child) = spawn(LAUNCHER).unwrap();
         let instance = format!("bench-{}", std::process::id()).parse().unwrap();
-        let config = LauncherConfig { version: VERSION, instance, lock_dir: LOCK_DIR.into(), ahead: true };
+        let config =
+            LauncherConfig { version: VERSION, instance, lock_dir: LOCK_DIR.into(), ahead: true, preferred: false };
         launcher.send(&ToLauncher::Configure(config), &[] as &[OwnedFd]).unwrap();
         wait_up(&launcher).unwrap();
         Self { launcher, child, next: 1 }

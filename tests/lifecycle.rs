@@ -7,9 +7,11 @@ mod support;
 use std::fs;
 use std::net::TcpStream;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use holm_sandbox::cgroup::Plan;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use support::inspect::Running;
@@ -53,6 +55,35 @@ fn an_idle_server_stops_within_a_second_and_takes_its_whole_family_along() {
         assert!(TcpStream::connect(server.address()).is_err());
         drop((silent, half));
     }
+}
+
+#[test] // beside the tenants' cgroup instead of in it, they wait for the CPU up to 0.7 s while jobs fork without end
+fn r6_server_and_launcher_have_cpu_time_before_all_jobs_and_leave_nothing_of_it() {
+    let mut server = Server::start().with_probe();
+    let job = Running::start(&server, "t", "probe", &json!(["count"]), &json!({}));
+    let family = [server.process(), server.launcher(), server.sweeper()];
+    let plan = Plan::for_this_process().unwrap();
+    let v2 = plan.version() == "v2";
+    let (own, file, weights) = match v2 {
+        true => ("holm-server", "cpu.weight", [1000, 100]),
+        false => ("_host", "cpu.shares", [10_240, 1024]),
+    };
+    let weight = |dir: PathBuf| fs::read_to_string(dir.join(file)).unwrap().trim().parse::<u64>().unwrap();
+    let instance = job.cgroup_file(&server, file).ancestors().nth(3).unwrap().to_owned();
+    for process in family {
+        let cgroup = process.cgroups()["cpu"].clone();
+        // the root of all v2 gives nobody a leaf
+        assert!(cgroup.ends_with(&format!("/{own}")) || (v2 && cgroup == "/"), "{cgroup}");
+    }
+    let host = if v2 { instance.parent().unwrap().join(own) } else { instance.join(own) };
+    if !v2 || host.exists() {
+        assert_eq!([weight(host), weight(instance.join("t"))], weights);
+    }
+    job.finish().expect(200);
+    // whoever dies first, the others are where they came from before their end
+    server.launcher().signal(Signal::SIGKILL);
+    assert_eq!(server.wait().code(), Some(70));
+    wait_until("no cgroup is left", || server.cgroups().is_empty().then_some(()));
 }
 
 #[test]

@@ -24,6 +24,8 @@ pub struct LauncherConfig {
     pub lock_dir: PathBuf,
     /// Make what sandboxes need before they are asked for.
     pub ahead: bool,
+    /// Give the sender and the launcher CPU time before all jobs.
+    pub preferred: bool,
 }
 
 /// From the server.

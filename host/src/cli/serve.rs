@@ -110,6 +110,7 @@ pub(super) fn start_launcher(lock_dir: &Path, dir: &DataDir) -> anyhow::Result<(
         instance: dir.instance().clone(),
         lock_dir: lock_dir.to_owned(),
         ahead: true,
+        preferred: true,
     };
     packets.send(&ToLauncher::Configure(config), &[] as &[OwnedFd]).context("configure the launcher")?;
     let version = probe::wait_up(&packets)?;

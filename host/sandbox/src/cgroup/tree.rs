@@ -14,7 +14,7 @@ use super::hierarchy::Hierarchy;
 use super::leaf::Leaf;
 use super::machine::{Machine, Node};
 use super::tenant::{Attempt, Ground, Tenant};
-use super::{CgroupError, Extra, Plan, Served, room, settings, v1, v2};
+use super::{CgroupError, Extra, Plan, Role, Served, host, room, settings, v1, v2};
 use crate::ceiling::{Ceiling, CeilingError};
 use crate::name::Name;
 
@@ -125,11 +125,22 @@ impl Tree {
         Ok(Self { plan, base, name, root, ground, tenants: HashMap::new(), changed: HashMap::new() })
     }
 
+    /// Gives `processes`, those of the host itself, CPU time before all jobs.
+    pub(crate) fn prefer(&self, processes: &[Pid]) -> nix::Result<()> {
+        let cpu = self.plan.roles[&Role::Cpu];
+        match self.plan.is_v2(Role::Cpu) {
+            true => host::weigh_leaf(self.base.dir(cpu)),
+            false => host::move_in(self.root.dir(cpu), processes),
+        }
+    }
+
     /// Attaches this process to the cgroup that it is in. Nothing changes, but that the kernel keeps itself ready for
     /// attaching: the first time after some 15 ms of silence it waits for a grace period of RCU, 7 ms or more. `None` where
     /// sandboxes are born in their cgroup, which waits for nothing.
     pub(crate) fn keep_warm(&self) -> Option<nix::Result<()>> {
-        let v1 = (0..self.plan.with_leaves).find(|index| Some(*index) != self.plan.v2)?;
+        // in the hierarchy of the CPU it may be elsewhere
+        let elsewhere = [self.plan.v2, Some(self.plan.roles[&Role::Cpu])];
+        let v1 = (0..self.plan.with_leaves).find(|index| !elsewhere.contains(&Some(*index)))?;
         Some(self.base.dir(v1).attach(Pid::from_raw(0)))
     }
 
@@ -342,8 +353,9 @@ fn sweep_once(parent: &Dir, name: &str) -> bool {
     let Ok(dir) = parent.child(name) else { return true };
     let _ = v1::thaw(&dir); // refused in hierarchies without a freezer
     let _ = v2::kill(&dir); // on v2, everything below at once, also what is just being born
-    for child in dir.children().unwrap_or_default() {
-        sweep_once(&dir, &child);
+    host::move_out(parent, &dir);
+    for child in dir.children().unwrap_or_default().iter().filter(|child| *child != host::HOST) {
+        sweep_once(&dir, child);
     }
     for pid in dir.processes().unwrap_or_default() {
         let _ = kill(pid, Signal::SIGKILL);

@@ -146,7 +146,13 @@ impl Client {
 
     fn configure(&self, version: u32) -> Result<(), Vec<String>> {
         let instance = self.instance.name.parse().unwrap();
-        let config = LauncherConfig { version, instance, lock_dir: self.lock_dir.path().to_owned(), ahead: false };
+        let config = LauncherConfig {
+            version,
+            instance,
+            lock_dir: self.lock_dir.path().to_owned(),
+            ahead: false,
+            preferred: false,
+        };
         self.send(&ToLauncher::Configure(config));
         match self.recv() {
             FromLauncher::Up { .. } => Ok(()),

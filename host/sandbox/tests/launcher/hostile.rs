@@ -41,8 +41,13 @@ pub(crate) fn trials() -> Vec<Trial> {
 fn nonsense() -> Vec<(String, Vec<u8>, usize)> {
     let encoded = |message: &ToLauncher| postcard::to_stdvec(message).unwrap();
     let launch = encoded(&ToLauncher::Launch { id: SandboxId(7), spec: spec(Kind::Native) });
-    let config =
-        LauncherConfig { version: VERSION, instance: "another".parse().unwrap(), lock_dir: "/".into(), ahead: false };
+    let config = LauncherConfig {
+        version: VERSION,
+        instance: "another".parse().unwrap(),
+        lock_dir: "/".into(),
+        ahead: false,
+        preferred: false,
+    };
     let mut packets = vec![
         ("an_empty_packet".to_owned(), vec![], 0),
         ("an_empty_packet_with_descriptors".to_owned(), vec![], 2),
