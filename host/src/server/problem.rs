@@ -265,6 +265,7 @@ impl From<AdmissionError> for Problem {
         match error {
             AdmissionError::TenantQueueFull(_) => quota("jobs_queued"),
             AdmissionError::TenantBusy(_) => quota("jobs_running"),
+            AdmissionError::TenantPids(_) => quota("pids"),
             AdmissionError::TooManyRequests(_) => quota("requests_per_second"),
             AdmissionError::ServerFull | AdmissionError::ServerBusy => {
                 Self::new(Code::ServerFull, detail).retry_after(1)

@@ -64,7 +64,7 @@ pub struct Compiler {
 
 /// Compilations of one tenant: one at a time, so that a tenant who uploads what takes for ever to compile keeps only
 /// itself waiting.
-const ALLOWANCE: Allowance = Allowance { running: 1, waiting: 16 };
+const ALLOWANCE: Allowance = Allowance { running: 1, waiting: 16, pids: 0 };
 
 /// Compilations at once for each CPU. More than one, as not every one that runs is of somebody who is in a hurry.
 const RUNNING_PER_CPU: usize = 2;
