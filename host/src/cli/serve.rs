@@ -28,7 +28,7 @@ use crate::inside::LAUNCHER;
 use crate::job::Jobs;
 use crate::launcher::{Launcher, LauncherGone, Parking, ParkingRules};
 use crate::limit::Given;
-use crate::server::{App, AppParts, ConnectionRules, PaceRule, serve};
+use crate::server::{App, AppParts, ConnectionRules, Crowd, PaceRule, serve};
 use crate::store::{DataDir, DataDirError, Store};
 use crate::telemetry;
 use crate::tenant::{Key, OperatorKey};
@@ -211,6 +211,8 @@ fn assemble(
         job_defaults: Given::from_stored(&config.job_defaults),
         job_maximums: Given::from_stored(&config.job_maximums),
         connections: connection_rules(config),
+        requests: Crowd::default(),
+        uploads: Crowd::default(),
         tenant_changes: tokio::sync::Mutex::default(),
         draining: AtomicBool::new(false),
     }))

@@ -22,6 +22,7 @@ use crate::server::body::{
     BodyError, PacedBody, media_type, parse_object, read_json, refuse_encoding, refuse_longer_than, too_large,
 };
 use crate::server::conditions::{Conditions, etag, etag_header};
+use crate::server::crowd::Member;
 use crate::server::form::{Form, FormError, Part, whole_bytes};
 use crate::server::problem::{Code, Problem};
 use crate::store::{Change, Precondition, StoreError};
@@ -122,7 +123,7 @@ pub(super) async fn put(
     let name = name.parse().map_err(|error| invalid_name(&error))?;
     let query = query.get()?;
     let conditions = Conditions::of(&headers)?;
-    let (upload, manifest) = receive_upload(&app, &tenant, &headers, body).await?;
+    let (_place, upload, manifest) = receive_upload(&app, &tenant, &headers, body).await?;
     let (runtime, maximums) = (upload.runtime, tenant.job_maximums(&app.job_maximums));
     // a manifest is the whole of what is set; an artifact alone keeps what was set before
     let kept = || match &manifest {
@@ -218,23 +219,25 @@ pub(super) fn existing(app: &App, tenant: &Tenant, name: &str) -> Result<Arc<Plu
     plugin.ok_or_else(Problem::not_found)
 }
 
-/// Receives the artifact, and the manifest if there is one.
+/// Receives the artifact, and the manifest if there is one, in a place among the tenant's uploads.
 async fn receive_upload(
     app: &App,
     tenant: &Tenant,
     headers: &HeaderMap,
     body: Body,
-) -> Result<(Upload, Option<PluginSettings>), Problem> {
+) -> Result<(Member, Upload, Option<PluginSettings>), Problem> {
     refuse_encoding(headers)?;
     let most = tenant.quota().get(QuotaKey::ArtifactBytes);
     if media_type(headers).as_deref() != Some("multipart/form-data") {
         refuse_longer_than(headers, most)?;
+        let place = app.join_uploads(tenant)?;
         let body = PacedBody::new(body, app.connections.reading);
         let upload = receive(app.store.dir(), most, body).await.map_err(|error| not_received(error, Problem::from))?;
-        return Ok((upload, None));
+        return Ok((place, upload, None));
     }
     let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     refuse_longer_than(headers, whole_bytes(most))?;
+    let place = app.join_uploads(tenant)?;
     let body = PacedBody::new(body, app.connections.reading);
     let mut form = Form::new(body, content_type, most)?;
     let (mut upload, mut manifest) = (None, None);
@@ -248,7 +251,7 @@ async fn receive_upload(
         }
     }
     let upload = upload.ok_or_else(|| Problem::malformed("multipart: the part `artifact` is missing"))?;
-    Ok((upload, manifest))
+    Ok((place, upload, manifest))
 }
 
 impl From<FormError> for Problem {
