@@ -86,15 +86,41 @@ fn r6_server_and_launcher_have_cpu_time_before_all_jobs_and_leave_nothing_of_it(
     wait_until("no cgroup is left", || server.cgroups().is_empty().then_some(()));
 }
 
-#[test]
-fn a_strict_umask_of_the_server_s_is_not_the_jobs() {
+/// Starts a server from a shell that does this before.
+fn start_after(line: &str) -> Server {
     let dir = tempfile::tempdir().unwrap();
     let plain = Server::command(&dir, "");
-    let mut strict = Command::new("sh");
-    strict.args(["-c", "umask 077 && exec \"$@\"", "sh"]).arg(plain.get_program()).args(plain.get_args());
-    strict.env("HOLM_OPERATOR_KEY", OPERATOR).stdin(Stdio::null());
-    strict.stderr(fs::OpenOptions::new().append(true).open(dir.path().join("log")).unwrap());
-    Server::spawn(strict, dir).with_probe().assert_healthy();
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &format!("{line} && exec \"$@\""), "sh"]).arg(plain.get_program()).args(plain.get_args());
+    shell.env("HOLM_OPERATOR_KEY", OPERATOR).stdin(Stdio::null());
+    shell.stderr(fs::OpenOptions::new().append(true).open(dir.path().join("log")).unwrap());
+    Server::spawn(shell, dir).with_probe()
+}
+
+#[test]
+fn a_strict_umask_of_the_server_s_is_not_the_jobs() {
+    start_after("umask 077").assert_healthy();
+}
+
+#[test]
+fn an_environment_that_is_no_text_is_nobody_s_concern() {
+    start_after(r"export NO_TEXT=$(printf '\377')").assert_healthy();
+}
+
+#[test]
+fn h1_a_server_that_may_open_few_files_keeps_enough_of_them_for_clients_and_jobs() {
+    let server = start_after("ulimit -n 256");
+    assert!(server.log().contains("`connections` is 128 and not 4096"), "{}", server.log());
+    let idle: Vec<Raw> = (0..200).map(|_| Raw::connect(&server)).collect();
+    let jobs: Vec<Raw> = (0..20)
+        .map(|_| Raw::request(&server, &format!("POST {PROBE}"), &["content-length: 1", "holm-args: [\"count\"]"]))
+        .collect();
+    for mut job in jobs {
+        job.send(b"x");
+        job.answered().expect(200);
+    }
+    drop(idle);
+    assert!(!server.log().contains("could not be accepted"), "{}", server.log());
 }
 
 #[test]

@@ -83,7 +83,7 @@ fn prepare(config: Config) -> Result<Ready, Fatal> {
         .context("a trial sandbox could not be isolated; `holm doctor` tells more")
         .or_exit(EX_UNAVAILABLE)?;
     let engine = holm_runtime::wasm::fingerprint().or_exit(EX_SOFTWARE)?;
-    raise_open_files();
+    let config = config.within(raise_open_files());
     identity.take_over(&path).or_exit(EX_OSERR)?;
     identity.assume(&path).context("give up privilege").or_exit(EX_OSERR)?;
     Ok(Ready { config, dir, operator, listener, launcher, child, engine })
