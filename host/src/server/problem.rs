@@ -98,6 +98,12 @@ impl Problem {
         Self { code, status: code.status(), detail: detail.into(), members: Vec::new(), headers: Vec::new() }
     }
 
+    /// Whether it has this code.
+    #[must_use]
+    pub fn is(&self, code: Code) -> bool {
+        self.code == code
+    }
+
     /// Adds an extension member.
     #[must_use]
     pub fn with(mut self, name: &str, value: impl Into<Value>) -> Self {

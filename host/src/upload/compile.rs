@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use holm_runtime::invocation::{Exports, Invocation, Report};
 use holm_sandbox::limits::Limits;
+use holm_sandbox::name::Name;
 use holm_sandbox::spec::{Kind, SandboxSpec};
 use holm_sandbox::usage::{KillCause, SandboxReport};
 use tokio::io::AsyncWriteExt;
@@ -117,6 +118,11 @@ impl Compiler {
             made = self.run(tenant, source, &out) => made.map(|exports| (out, exports)),
             () = self.stop.cancelled() => Err(CompileError::Busy(AdmissionError::Draining)),
         }
+    }
+
+    /// Forgets a deleted tenant.
+    pub fn forget(&self, tenant: &Name) {
+        self.admission.forget(tenant);
     }
 
     /// Ends every compilation because the server stops.

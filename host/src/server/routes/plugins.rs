@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::{IntoParams, ToSchema};
 
-use super::tenants::patched;
+use super::tenants::{patched, to_its_end};
 use crate::admission::AdmissionError;
 use crate::limit::{Limits, Runtime};
 use crate::plugin::{Interface, Plugin, PluginSettings};
@@ -21,7 +21,7 @@ use crate::server::app::{App, Params, Query, invalid_name};
 use crate::server::body::{
     BodyError, PacedBody, media_type, parse_object, read_json, refuse_encoding, refuse_longer_than, too_large,
 };
-use crate::server::conditions::{Conditions, etag, etag_header};
+use crate::server::conditions::{Conditions, Tries, etag, etag_header};
 use crate::server::crowd::Member;
 use crate::server::form::{Form, FormError, Part, whole_bytes};
 use crate::server::problem::{Code, Problem};
@@ -178,21 +178,38 @@ pub(super) async fn patch(
     body: Body,
 ) -> Result<Response, Problem> {
     let tenant = app.tenant(&caller, &tenant)?;
-    let now = existing(&app, &tenant, &name)?;
+    existing(&app, &tenant, &name)?;
     let conditions = Conditions::of(&headers)?;
     let patch: Map<String, Value> = read_json(&headers, body, app.connections.reading).await?;
-    let settings: PluginSettings = patched(&now.settings, patch)?;
+    let mut tries = Tries::of(&conditions);
+    loop {
+        let now = existing(&app, &tenant, &name)?;
+        let done = lay_over(&app, &tenant, &now, patch.clone(), conditions.clone()).await;
+        if !tries.go_on(&done) {
+            return done;
+        }
+    }
+}
+
+/// Lays a patch over what is there now, and stores the whole if that is still there then.
+async fn lay_over(
+    app: &App,
+    tenant: &Tenant,
+    now: &Plugin,
+    patch: Map<String, Value>,
+    conditions: Conditions,
+) -> Result<Response, Problem> {
+    let settings: PluginSettings = patched(&now.settings, patch, PluginSettings::knows)?;
     settings.check(&now.settings, now.runtime, &tenant.job_maximums(&app.job_maximums))?;
     let interface = settings.interface_of(now.exports)?;
-    let plugin = Plugin { settings, interface, updated_at: Timestamp::now(), ..(*now).clone() };
-    // what was patched must still be there, whatever else the request demands
-    let seen = plugin_etag(&now);
+    let plugin = Plugin { settings, interface, updated_at: Timestamp::now(), ..now.clone() };
+    let seen = plugin_etag(now);
     let allowed: Precondition<Plugin> = Box::new(move |plugin| {
         let tag = plugin.map(plugin_etag);
         tag.as_ref() == Some(&seen) && conditions.hold(tag.as_deref())
     });
     app.store.set_plugin(plugin.clone(), allowed).await?;
-    Ok(answer(&app, StatusCode::OK, &tenant, &plugin))
+    Ok(answer(app, StatusCode::OK, tenant, &plugin))
 }
 
 /// Deletes a plugin; its running jobs are ended.
@@ -208,9 +225,12 @@ pub(super) async fn delete(
     let tenant = app.tenant(&caller, &tenant)?;
     let now = existing(&app, &tenant, &name)?;
     let allowed = precondition(Conditions::of(&headers)?);
-    app.store.delete_plugin(now.tenant.clone(), now.name.clone(), allowed).await?;
-    app.jobs.end_all_of(&now.tenant, Some(&now.name));
-    Ok(StatusCode::NO_CONTENT)
+    to_its_end(async move {
+        app.store.delete_plugin(now.tenant.clone(), now.name.clone(), allowed).await?;
+        app.jobs.end_all_of(&now.tenant, Some(&now.name));
+        Ok(StatusCode::NO_CONTENT)
+    })
+    .await
 }
 
 /// A plugin of the tenant.
