@@ -12,6 +12,7 @@ use serde_json::json;
 use support::inspect::Running;
 use support::plain::outside;
 use support::raw::Raw;
+use support::slowness::wait_for_nobody;
 use support::{Server, native};
 
 const TENANT: &str = "/v1/tenants/t";
@@ -25,6 +26,7 @@ fn start_with(config: &str) -> (Server, MutexGuard<'static, ()>) {
 
 /// How long a good client waits for an answer, on a connection of its own.
 fn wait(server: &Server) -> Duration {
+    wait_for_nobody();
     let begun = Instant::now();
     Raw::request(server, "GET /v1/tenants/t", &[]).answered().expect(200);
     begun.elapsed()
@@ -83,6 +85,7 @@ fn x12_a_storm_of_barriers_and_page_faults_leaves_a_neighbour_within_twice_its_o
     server.tenant("other", &json!({}));
     server.upload("other", "probe", &native("probe"));
     let p95 = || {
+        wait_for_nobody();
         let mut times: Vec<Duration> = (0..60)
             .map(|_| {
                 let start = Instant::now();

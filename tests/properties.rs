@@ -88,10 +88,8 @@ fn settled(server: &Server, client: &mut Client<'_>) -> BTreeMap<String, usize> 
     held
 }
 
-/// Those of tenants: the host's own is there until the end.
 fn subdirectories(dir: &std::path::Path) -> usize {
-    let is_tenant = |entry: &fs::DirEntry| entry.path().is_dir() && entry.file_name() != "_host";
-    fs::read_dir(dir).map_or(0, |entries| entries.flatten().filter(is_tenant).count())
+    fs::read_dir(dir).map_or(0, |entries| entries.flatten().filter(|entry| entry.path().is_dir()).count())
 }
 
 /// What server and launcher have open, and how many mounts and children they have. Connections are left out: a client

@@ -1,9 +1,8 @@
-//! The host's own share of CPU time: server and launcher are a neighbour of the tenants that comes first.
+//! The host's own share of CPU time: server and launcher come before the jobs.
 //!
-//! Beside the instance's cgroup, instead of in it, they wait for the CPU up to 0.7 s at a time while 32 jobs fork
-//! without end, though these have no more weight than they (Linux 6.18; outside of Holm it is the same). In it, with
-//! this much more weight than a tenant has, it is a few milliseconds. Compared with everything else on the machine they
-//! count as before, with their jobs, for one.
+//! Without one they wait for the CPU up to 0.7 s at a time while some jobs fork without end, though these have no more
+//! weight than they (Linux 6.18; outside of Holm it is the same). Not beside the tenants in the instance's cgroup: there
+//! they would share with the jobs what that has of a machine that is busy with other things.
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -12,28 +11,31 @@ use super::control::Control;
 use super::dir::Dir;
 use super::hierarchy::SERVER_LEAF;
 
-/// Where they are on v1. No tenant can be called that.
-pub(super) const HOST: &str = "_host";
+/// 100 is the usual one. With ten times that, the storm above is felt for 40 ms at a time, with this for 6.
+const WEIGHT: u32 = 3200;
 
-/// A tenant's is 100.
-const WEIGHT: u32 = 1000;
+/// What their cgroup on v1 is called, beside that of the instance.
+fn name_of(instance: &str) -> String {
+    format!("server-of-{instance}")
+}
 
-/// On v1: moves `processes` into the cgroup `HOST` of the instance's `root`, in the hierarchy of the CPU.
-pub(super) fn move_in(root: &Dir, processes: &[Pid]) -> nix::Result<()> {
-    let host = root.make(HOST)?;
+/// On v1: moves `processes` from `base`, the directory of the CPU's hierarchy that holds the cgroup `instance`, into one of
+/// their own.
+pub(super) fn move_in(base: &Dir, instance: &str, processes: &[Pid]) -> nix::Result<()> {
+    let host = base.make(&name_of(instance))?;
     Control::new(&host, false).weigh_cpu(WEIGHT)?;
     processes.iter().try_for_each(|pid| host.attach(*pid))
 }
 
-/// On v1: moves everything that is in `HOST` of `root` back to `base`, and removes it.
-pub(super) fn move_out(base: &Dir, root: &Dir) {
-    let Ok(host) = root.child(HOST) else { return };
+/// Undoes [`move_in`], whoever is there. False if that takes another try.
+pub(super) fn move_out(base: &Dir, instance: &str) -> bool {
+    let name = name_of(instance);
+    let Ok(host) = base.child(&name) else { return true };
     for pid in host.processes().unwrap_or_default() {
         // it may have ended by now
         let _ = base.attach(pid);
     }
-    // what cannot be removed now is at the next round of the sweep
-    let _ = root.remove(HOST);
+    base.remove(&name).is_ok()
 }
 
 /// On v2: weighs the leaf below `base` that they are in. There is none where `base` is the root of all.

@@ -130,7 +130,7 @@ impl Tree {
         let cpu = self.plan.roles[&Role::Cpu];
         match self.plan.is_v2(Role::Cpu) {
             true => host::weigh_leaf(self.base.dir(cpu)),
-            false => host::move_in(self.root.dir(cpu), processes),
+            false => host::move_in(self.base.dir(cpu), &self.name, processes),
         }
     }
 
@@ -339,7 +339,7 @@ impl Remains<'_> {
 fn sweep(base: &Level, name: &str) {
     let deadline = Instant::now() + SWEEP_PATIENCE;
     // every hierarchy is worked on in each round, whether or not an earlier one is done
-    while base.0.iter().filter(|dir| !sweep_once(dir, name)).count() > 0 {
+    while base.0.iter().filter(|dir| !(host::move_out(dir, name) & sweep_once(dir, name))).count() > 0 {
         if Instant::now() > deadline {
             return;
         }
@@ -353,9 +353,8 @@ fn sweep_once(parent: &Dir, name: &str) -> bool {
     let Ok(dir) = parent.child(name) else { return true };
     let _ = v1::thaw(&dir); // refused in hierarchies without a freezer
     let _ = v2::kill(&dir); // on v2, everything below at once, also what is just being born
-    host::move_out(parent, &dir);
-    for child in dir.children().unwrap_or_default().iter().filter(|child| *child != host::HOST) {
-        sweep_once(&dir, child);
+    for child in dir.children().unwrap_or_default() {
+        sweep_once(&dir, &child);
     }
     for pid in dir.processes().unwrap_or_default() {
         let _ = kill(pid, Signal::SIGKILL);
