@@ -294,6 +294,23 @@ fn the_server_is_a_user_without_capabilities_in_a_directory_that_is_its_own() {
 }
 
 #[test]
+fn a_data_directory_that_others_may_enter_has_nothing_that_they_can_read() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("data")).unwrap();
+    fs::set_permissions(dir.path().join("data"), fs::Permissions::from_mode(0o755)).unwrap();
+    let server = Server::start_in(dir, "");
+    server.tenant("t", &json!({}));
+    server.upload("t", "p", &wasm("echo"));
+    let modes: Vec<_> = fs::read_dir(server.data())
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .map(|entry| (entry.file_name(), entry.metadata().unwrap().permissions().mode() & 0o777))
+        .collect();
+    assert!(modes.iter().any(|(name, _)| name == "holm.db-wal"), "{modes:?}");
+    assert!(modes.iter().all(|(_, mode)| mode & 0o77 == 0), "{modes:?}");
+}
+
+#[test]
 fn the_server_cannot_open_what_is_outside_of_its_data_directory() {
     let server = start_with("");
     server.upload("t", "p", &native("echo"));

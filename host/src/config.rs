@@ -196,7 +196,7 @@ impl Config {
         }
         let config: Self = table
             .try_into()
-            .map_err(|error: toml::de::Error| ConfigError::Parse { origin, detail: error.to_string() })?;
+            .map_err(|error: toml::de::Error| ConfigError::Parse { origin, detail: in_one_line(&error) })?;
         config.check()?;
         Ok(config)
     }
@@ -269,6 +269,11 @@ impl Config {
         }
         Ok(())
     }
+}
+
+/// The library's words, which come in lines.
+fn in_one_line(error: &toml::de::Error) -> String {
+    error.to_string().trim_end().replace('\n', " ")
 }
 
 /// A value that parses as TOML is that; everything else is the text itself.
