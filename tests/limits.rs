@@ -58,7 +58,7 @@ fn r3_memory_ends_the_whole_job_and_its_peak_is_never_more() {
     let server = start();
     for limit in [8 * MIB, 32 * MIB, 128 * MIB] {
         let (limits, mib) = (json!({"memory_bytes": limit}), limit / MIB);
-        // what the kernel charges ahead for each CPU, and the program itself, count too
+        // the program's copy, its stacks and page tables are some 2.5 MiB
         let (under, over_it) = ((mib * 5 / 8).to_string(), (mib + 1).to_string());
         let record = well(&server, &["allocate", &under], &limits);
         assert_eq!(record["output"], format!("{under}\n"));

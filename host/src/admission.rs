@@ -33,7 +33,16 @@ pub struct Allowance {
     pub running: u64,
     /// Waiting at once.
     pub waiting: u64,
+    /// Processes and threads that all its running jobs together may have. One job may have more if it is alone.
+    pub pids: u64,
 }
+
+/// One tenant may have a part of the server's pids, one in so many: its few jobs with the most processes that a job can
+/// have must not take the places of everybody else's.
+const PIDS_PART: u64 = 4;
+
+/// What a job has if nobody says otherwise, its init included. A tenant that may have many jobs may have so many each.
+const PIDS_EACH: u64 = 65;
 
 /// The right to run one job. Gives its place up when dropped.
 #[derive(Debug)]
@@ -52,6 +61,9 @@ pub enum AdmissionError {
     /// The job waited as long as it may, and it was its own tenant's jobs that kept it.
     #[error("the tenant's quota `jobs_running` of {0} was used up for too long")]
     TenantBusy(u64),
+    /// The same, by the processes that its jobs may have.
+    #[error("the tenant's jobs may have {0} processes together, and others of them had these for too long")]
+    TenantPids(u64),
     /// The tenant asks more often than it may.
     #[error("the tenant's quota `requests_per_second` of {0} is used up")]
     TooManyRequests(u64),
@@ -91,6 +103,7 @@ struct Books {
 #[derive(Debug, Default)]
 struct TenantBooks {
     running: usize,
+    pids: u64,
     waiting: VecDeque<Waiter>,
     bucket: Option<Bucket>,
 }
@@ -99,7 +112,7 @@ struct TenantBooks {
 struct Waiter {
     id: u64,
     pids: u64,
-    most_running: u64,
+    allowance: Allowance,
     grant: oneshot::Sender<Permit>,
 }
 
@@ -135,7 +148,9 @@ impl Admission {
     pub async fn admit(&self, tenant: &Tenant, pids: u64) -> Result<Permit, AdmissionError> {
         let quota = tenant.quota();
         let (running, waiting) = (quota.get(QuotaKey::JobsRunning), quota.get(QuotaKey::JobsQueued));
-        self.admit_within(tenant, Allowance { running, waiting }, pids).await
+        let part = self.0.capacity.pids / PIDS_PART;
+        let allowance = Allowance { running, waiting, pids: part.max(running.saturating_mul(PIDS_EACH)) };
+        self.admit_within(tenant, allowance, pids).await
     }
 
     /// The same, with other numbers than the tenant's quota for jobs.
@@ -153,7 +168,7 @@ impl Admission {
         match tokio::time::timeout(self.0.capacity.queue_timeout, granted).await {
             Ok(Ok(permit)) => Ok(permit),
             Ok(Err(_)) => Err(AdmissionError::Draining),
-            Err(_) => Err(self.why_so_long(tenant.name(), allowance.running)),
+            Err(_) => Err(self.why_so_long(tenant.name(), allowance, pids)),
         }
     }
 
@@ -200,7 +215,7 @@ impl Admission {
         books.next_waiter += 1;
         let id = books.next_waiter;
         let entry = books.tenants.entry(tenant.clone()).or_default();
-        let waiter = Waiter { id, pids, most_running: allowance.running, grant };
+        let waiter = Waiter { id, pids, allowance, grant };
         let was_waiting = entry.waiting.len();
         entry.waiting.push_back(waiter);
         if was_waiting == 0 {
@@ -225,9 +240,20 @@ impl Admission {
         Err(error)
     }
 
-    fn why_so_long(&self, tenant: &Name, quota: u64) -> AdmissionError {
-        let running = self.books().tenants.get(tenant).map_or(0, |entry| entry.running);
-        if running as u64 >= quota { AdmissionError::TenantBusy(quota) } else { AdmissionError::ServerBusy }
+    fn why_so_long(&self, tenant: &Name, allowance: Allowance, pids: u64) -> AdmissionError {
+        match self.books().tenants.get(tenant) {
+            Some(entry) if entry.running as u64 >= allowance.running => AdmissionError::TenantBusy(allowance.running),
+            Some(entry) if !entry.has_room(allowance, pids) => AdmissionError::TenantPids(allowance.pids),
+            _ => AdmissionError::ServerBusy,
+        }
+    }
+}
+
+impl TenantBooks {
+    /// Whether its own running jobs leave it a place.
+    fn has_room(&self, allowance: Allowance, pids: u64) -> bool {
+        let few = self.running == 0 || self.pids + pids <= allowance.pids;
+        (self.running as u64) < allowance.running && few
     }
 }
 
@@ -245,14 +271,15 @@ impl Books {
                 continue;
             };
             let Some(next) = tenant.waiting.front() else { continue };
-            if tenant.running as u64 >= next.most_running {
+            if !tenant.has_room(next.allowance, next.pids) {
                 // its own jobs keep it; the others need not wait for them
                 self.turn.push_back(name);
                 passed_over += 1;
                 continue;
             }
             // whoever comes first must fit first: else small jobs would keep a large one waiting for ever
-            if self.running >= capacity.jobs_running || self.pids + next.pids > capacity.pids {
+            let too_many = self.running > 0 && self.pids + next.pids > capacity.pids;
+            if self.running >= capacity.jobs_running || too_many {
                 self.turn.push_front(name);
                 break;
             }
@@ -265,6 +292,7 @@ impl Books {
             passed_over = 0;
             self.queued -= 1;
             tenant.running += 1;
+            tenant.pids += next.pids;
             self.running += 1;
             self.pids += next.pids;
             let permit = Permit { admission: admission.clone(), tenant: name, pids: next.pids };
@@ -278,6 +306,7 @@ impl Books {
         self.pids -= pids;
         if let Some(entry) = self.tenants.get_mut(tenant) {
             entry.running -= 1;
+            entry.pids -= pids;
         }
     }
 
@@ -306,7 +335,13 @@ struct Place<'a> {
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
-        self.admission.books().leave(self.tenant, self.id);
+        let unwanted = {
+            let mut books = self.admission.books();
+            books.leave(self.tenant, self.id);
+            // it may have been what the others waited for
+            books.serve(self.admission)
+        };
+        drop(unwanted);
     }
 }
 
@@ -373,6 +408,40 @@ mod tests {
         let _small = admission.admit(&a, 40).await.unwrap();
         drop(large);
         assert!(admission.admit(&a, 60).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn r1_one_tenant_s_large_jobs_leave_room_for_others() {
+        let admission = admission(99, 1000, 99);
+        let (a, b) = (tenant("a", 3, 9), tenant("b", 3, 9));
+        let huge = admission.admit(&a, 900).await.unwrap();
+        assert_eq!(admission.admit(&a, 90).await.unwrap_err(), AdmissionError::TenantPids(250));
+        let (refused, ()) = tokio::join!(admission.admit(&a, 90), async {
+            tokio::task::yield_now().await;
+            assert!(admission.admit(&b, 90).await.is_ok(), "others do not wait behind it");
+        });
+        assert!(refused.is_err());
+        drop(huge);
+        let _two = (admission.admit(&a, 90).await.unwrap(), admission.admit(&a, 90).await.unwrap());
+        assert_eq!(admission.admit(&a, 90).await.unwrap_err(), AdmissionError::TenantPids(250));
+        let many = tenant("c", 9, 9);
+        let mut held = Vec::new();
+        for _ in 0..9 {
+            held.push(admission.admit(&many, 65).await.unwrap());
+        }
+    }
+
+    #[tokio::test]
+    async fn who_leaves_the_front_of_the_line_lets_the_others_go() {
+        let admission = admission(99, 100, 99);
+        let (a, b, c) = (tenant("a", 9, 9), tenant("b", 9, 9), tenant("c", 9, 9));
+        let _running = admission.admit(&a, 50).await.unwrap();
+        let (front, behind) = tokio::join!(admission.admit(&b, 60), async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            admission.admit(&c, 10).await
+        });
+        assert_eq!(front.unwrap_err(), AdmissionError::ServerBusy);
+        assert!(behind.is_ok());
     }
 
     #[tokio::test]

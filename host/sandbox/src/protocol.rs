@@ -29,6 +29,8 @@ pub struct LauncherConfig {
     pub zygotes: usize,
     /// How long a zygote without a sandbox is kept.
     pub zygote_idle: Duration,
+    /// Give the sender and the launcher CPU time before all jobs.
+    pub preferred: bool,
 }
 
 /// From the server.

@@ -28,7 +28,7 @@ use crate::inside::LAUNCHER;
 use crate::job::Jobs;
 use crate::launcher::{Launcher, LauncherGone, Parking, ParkingRules};
 use crate::limit::Given;
-use crate::server::{App, AppParts, ConnectionRules, PaceRule, serve};
+use crate::server::{App, AppParts, ConnectionRules, Crowd, PaceRule, serve};
 use crate::store::{DataDir, DataDirError, Store};
 use crate::telemetry;
 use crate::tenant::{Key, OperatorKey};
@@ -83,7 +83,7 @@ fn prepare(config: Config) -> Result<Ready, Fatal> {
         .context("a trial sandbox could not be isolated; `holm doctor` tells more")
         .or_exit(EX_UNAVAILABLE)?;
     let engine = holm_runtime::wasm::fingerprint().or_exit(EX_SOFTWARE)?;
-    raise_open_files();
+    let config = config.within(raise_open_files());
     identity.take_over(&path).or_exit(EX_OSERR)?;
     identity.assume(&path).context("give up privilege").or_exit(EX_OSERR)?;
     Ok(Ready { config, dir, operator, listener, launcher, child, engine })
@@ -109,6 +109,7 @@ pub(super) fn launcher_config(config: &Config, dir: &DataDir) -> LauncherConfig 
         instance: dir.instance().clone(),
         lock_dir: config.lock_dir.clone(),
         ahead: true,
+        preferred: true,
         zygotes: config.zygotes,
         zygote_idle: Duration::from_millis(config.zygote_idle_ms),
     }
@@ -216,6 +217,8 @@ fn assemble(
         job_defaults: Given::from_stored(&config.job_defaults),
         job_maximums: Given::from_stored(&config.job_maximums),
         connections: connection_rules(config),
+        requests: Crowd::default(),
+        uploads: Crowd::default(),
         tenant_changes: tokio::sync::Mutex::default(),
         draining: AtomicBool::new(false),
     }))

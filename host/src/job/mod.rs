@@ -5,6 +5,7 @@ mod outcome;
 mod record;
 mod registry;
 mod run;
+mod turns;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -27,7 +28,8 @@ pub use self::record::{IsolationRecord, JobRecord, Start, State, UsageRecord};
 use self::registry::{Entry, Registry};
 pub use self::registry::{FINISHED_KEPT, Selection};
 pub use self::run::{OWN_ENV, USUAL_ENV};
-use crate::admission::{Admission, AdmissionError};
+use self::turns::Turns;
+use crate::admission::{Admission, AdmissionError, Permit};
 use crate::launcher::{Content, Parking};
 use crate::limit::{Limits, Runtime};
 use crate::plugin::Plugin;
@@ -101,9 +103,38 @@ pub struct Finished {
     /// Its record.
     pub record: JobRecord,
     /// Its standard output.
-    pub output: Content,
+    pub output: Output,
     /// The end of its standard error.
     pub stderr_tail: Bytes,
+}
+
+/// What a job has written to its standard output.
+#[derive(Debug)]
+pub struct Output {
+    /// The output itself.
+    pub content: Content,
+    /// The job's place, kept by an output that is on the disk: clients that take their time with theirs must not leave a
+    /// tenant room for ever more of them.
+    pub place: Option<Permit>,
+}
+
+impl Output {
+    fn in_place(self, place: Permit) -> Self {
+        let on_disk = matches!(self.content, Content::File(_));
+        Self { place: on_disk.then_some(place), ..self }
+    }
+}
+
+impl From<Content> for Output {
+    fn from(content: Content) -> Self {
+        Self { content, place: None }
+    }
+}
+
+impl Default for Output {
+    fn default() -> Self {
+        Content::Memory(Bytes::new()).into()
+    }
 }
 
 /// A submitted job. Dropping it means that nobody waits for the job any more, and ends it.
@@ -122,6 +153,7 @@ pub struct Jobs(Arc<Inner>);
 struct Inner {
     admission: Admission,
     parking: Parking,
+    turns: Turns,
     compiler: Arc<Compiler>,
     store: Store,
     registry: Registry,
@@ -132,8 +164,8 @@ impl Jobs {
     /// With no job yet.
     #[must_use]
     pub fn new(admission: Admission, parking: Parking, compiler: Arc<Compiler>, store: Store) -> Self {
-        let (registry, tasks) = (Registry::default(), TaskTracker::new());
-        Self(Arc::new(Inner { admission, parking, compiler, store, registry, tasks }))
+        let (turns, registry, tasks) = (Turns::new(), Registry::default(), TaskTracker::new());
+        Self(Arc::new(Inner { admission, parking, turns, compiler, store, registry, tasks }))
     }
 
     /// Starts a job in a task of its own: whoever submitted it may go away at any moment without leaving half a launch
@@ -220,6 +252,7 @@ impl Jobs {
         self.unpark(tenant, None);
         self.0.registry.forget(tenant);
         self.0.admission.forget(tenant);
+        self.0.turns.forget(tenant);
     }
 
     /// Waits until every job is over. New ones must be turned away before.

@@ -19,7 +19,7 @@ use super::line::{Line, Meter};
 use super::outcome::{Evidence, Outcome, Stop, fuel_used};
 use super::record::{IsolationRecord, JobRecord, Start, State, UsageRecord};
 use super::registry::Entry;
-use super::{Artifact, Finished, Input, JobRequest, Jobs, Streams, Supply};
+use super::{Artifact, Finished, Input, JobRequest, Jobs, Output, Streams, Supply};
 use crate::admission::{AdmissionError, Permit};
 use crate::launcher::{Collected, Collector, Content, Sandbox, SandboxError, Stdio, StreamError};
 use crate::limit::{Limit, Runtime};
@@ -41,14 +41,14 @@ pub const OWN_ENV: [&str; 4] = ["HOLM_JOB_ID", "HOLM_TENANT", "HOLM_PLUGIN", "HO
 struct End {
     outcome: Outcome,
     usage: UsageRecord,
-    output: Content,
+    output: Output,
     stderr_tail: Bytes,
 }
 
 impl End {
     /// The end of a job that never ran.
     fn without_run(outcome: Outcome, usage: UsageRecord) -> Self {
-        Self { outcome, usage, output: Content::Memory(Bytes::new()), stderr_tail: Bytes::new() }
+        Self { outcome, usage, output: Output::default(), stderr_tail: Bytes::new() }
     }
 }
 
@@ -59,6 +59,8 @@ enum Fault {
     Sandbox(#[from] SandboxError),
     #[error("streams: {0}")]
     Stream(#[from] StreamError),
+    #[error("wait to be launched: {0}")]
+    Turn(#[source] AdmissionError),
     #[error("make the streams: {0}")]
     Pipe(#[source] std::io::Error),
     #[error("open the artifact: {0}")]
@@ -130,7 +132,7 @@ async fn launch(
     entry: &Arc<Entry>,
     request: &JobRequest,
     supply: Supply,
-    _permit: Permit,
+    permit: Permit,
     usage: &mut UsageRecord,
 ) -> Result<End, Fault> {
     let asked = Instant::now();
@@ -140,7 +142,7 @@ async fn launch(
     let invocation = invocation(entry, request);
     let (manned, start) = match parked(jobs, &spec, &artifact, &invocation).await? {
         Some(manned) => (manned, Start::Parked),
-        None => match made(jobs, entry, spec, artifact, &invocation).await? {
+        None => match made(jobs, entry, &request.tenant, spec, artifact, &invocation).await? {
             Ok(manned) => (manned, Start::Cold),
             Err(Unmanned::Cancelled) => return Ok(End::without_run(Outcome::Cancelled, *usage)),
             Err(Unmanned::TooSmall(report)) => return Ok(too_small_to_begin(request, &report, usage)),
@@ -151,7 +153,8 @@ async fn launch(
         record.isolation = Some(IsolationRecord::from(isolation.clone()));
         record.start = Some(start);
     });
-    run_in(jobs, entry, request, streams, (manned, asked), usage).await
+    let end = run_in(jobs, entry, request, streams, (manned, asked), usage).await?;
+    Ok(End { output: end.output.in_place(permit), ..end })
 }
 
 /// A sandbox that has been given its job.
@@ -192,10 +195,15 @@ async fn parked(
 async fn made(
     jobs: &Jobs,
     entry: &Entry,
+    tenant: &Tenant,
     spec: SandboxSpec,
     artifact: File,
     invocation: &Invocation,
 ) -> Result<Result<Manned, Unmanned>, Fault> {
+    let turn = tokio::select! {
+        turn = jobs.0.turns.take(tenant) => turn.map_err(Fault::Turn)?,
+        () = entry.cancel.cancelled() => return Ok(Err(Unmanned::Cancelled)),
+    };
     let (mut sandbox, _waiting) = jobs.0.parking.launch(spec, artifact)?;
     let Stdio { stdin, stdout, stderr, theirs } = Stdio::make().map_err(Fault::Pipe)?;
     let given = sandbox.give(invocation, theirs).await;
@@ -213,6 +221,7 @@ async fn made(
         }
         Err(error) => return Err(error.into()),
     };
+    drop(turn);
     // a sandbox that was not made tells why before that
     given?;
     Ok(Ok(Manned { sandbox, isolation, stdin, stdout, stderr }))
@@ -288,7 +297,7 @@ async fn run_in(
     let longer = usage.output_bytes.max(err.bytes);
     let outcome = judge(request, &end, report.as_ref(), entry.stop.get().copied(), longer);
     let Content::Memory(stderr_tail) = err.content else { unreachable!("a tail is kept in memory") };
-    Ok(End { outcome, usage: *usage, output: out.content, stderr_tail })
+    Ok(End { outcome, usage: *usage, output: out.content.into(), stderr_tail })
 }
 
 /// The end of a job whose memory limit did not even let its sandbox come to its start.

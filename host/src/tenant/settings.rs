@@ -5,8 +5,8 @@ use serde_json::{Map, Number, Value};
 use utoipa::ToSchema;
 
 use super::ceiling::CeilingSettings;
-use super::quota::Quota;
-use crate::limit::{Given, LimitError, Maximums};
+use super::quota::{Quota, QuotaKey};
+use crate::limit::{Given, Limit, LimitError, Maximums};
 
 /// The body of `PUT /v1/tenants/{t}`. Every field may be left out.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -93,6 +93,17 @@ impl TenantSettings {
             return Err(SettingsError::NotAvailable { field: "priority".into() });
         }
         Ok(())
+    }
+
+    /// Whether a section of the settings has a member of this name.
+    #[must_use]
+    pub fn knows(section: &str, name: &str) -> bool {
+        match section {
+            "limits" => CeilingSettings::knows(name),
+            "quota" => QuotaKey::ALL.iter().any(|key| key.word() == name),
+            "job_defaults" | "job_maximums" => Limit::from_key(name).is_some(),
+            _ => true,
+        }
     }
 
     /// The quotas, with defaults for what is not set.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use holm_runtime::invocation::{Exports, Invocation, Report};
 use holm_sandbox::limits::Limits;
+use holm_sandbox::name::Name;
 use holm_sandbox::spec::{ArtifactId, Kind, SandboxSpec};
 use holm_sandbox::usage::{KillCause, SandboxReport};
 use tokio::io::AsyncWriteExt;
@@ -64,7 +65,7 @@ pub struct Compiler {
 
 /// Compilations of one tenant: one at a time, so that a tenant who uploads what takes for ever to compile keeps only
 /// itself waiting.
-const ALLOWANCE: Allowance = Allowance { running: 1, waiting: 16 };
+const ALLOWANCE: Allowance = Allowance { running: 1, waiting: 16, pids: 0 };
 
 /// Compilations at once for each CPU. More than one, as not every one that runs is of somebody who is in a hurry.
 const RUNNING_PER_CPU: usize = 2;
@@ -121,6 +122,11 @@ impl Compiler {
             }
             () = self.stop.cancelled() => Err(CompileError::Busy(AdmissionError::Draining)),
         }
+    }
+
+    /// Forgets a deleted tenant.
+    pub fn forget(&self, tenant: &Name) {
+        self.admission.forget(tenant);
     }
 
     /// Ends every compilation because the server stops.

@@ -176,8 +176,13 @@ fn end_of(result: Result<()>) -> WasmEnd {
 
 /// The engine or a WASI call panicked on what the guest did. The guest is lost; nobody else shares this process.
 fn internal(panic: &(dyn Any + Send)) -> WasmEnd {
-    let message = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-    WasmEnd::Trapped { code: "internal".into(), backtrace: short(message.unwrap_or("panic").to_owned()) }
+    WasmEnd::Trapped { code: "internal".into(), backtrace: short(words_of(panic).to_owned()) }
+}
+
+/// What a panic says.
+pub(super) fn words_of(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("panic")
 }
 
 /// `UnreachableCodeReached` to `unreachable_code_reached`.

@@ -7,6 +7,7 @@ mod control;
 mod dir;
 pub mod extra;
 pub mod hierarchy;
+mod host;
 mod leaf;
 mod machine;
 mod program;

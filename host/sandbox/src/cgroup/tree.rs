@@ -14,7 +14,7 @@ use super::hierarchy::Hierarchy;
 use super::leaf::Leaf;
 use super::machine::{Machine, Node};
 use super::tenant::{Attempt, Ground, Tenant};
-use super::{CgroupError, Extra, Plan, Served, room, settings, v1, v2};
+use super::{CgroupError, Extra, Plan, Role, Served, host, room, settings, v1, v2};
 use crate::ceiling::{Ceiling, CeilingError};
 use crate::name::Name;
 use crate::spec::SandboxSpec;
@@ -131,11 +131,22 @@ impl Tree {
         Ok(Self { plan, base, name, root, ground, tenants: HashMap::new(), numbers: 0, changed: HashMap::new() })
     }
 
+    /// Gives `processes`, those of the host itself, CPU time before all jobs.
+    pub(crate) fn prefer(&self, processes: &[Pid]) -> nix::Result<()> {
+        let cpu = self.plan.roles[&Role::Cpu];
+        match self.plan.is_v2(Role::Cpu) {
+            true => host::weigh_leaf(self.base.dir(cpu)),
+            false => host::move_in(self.base.dir(cpu), &self.name, processes),
+        }
+    }
+
     /// Attaches this process to the cgroup that it is in. Nothing changes, but that the kernel keeps itself ready for
     /// attaching: the first time after some 15 ms of silence it waits for a grace period of RCU, 7 ms or more. `None` where
     /// sandboxes are born in their cgroup, which waits for nothing.
     pub(crate) fn keep_warm(&self) -> Option<nix::Result<()>> {
-        let v1 = (0..self.plan.with_leaves).find(|index| Some(*index) != self.plan.v2)?;
+        // in the hierarchy of the CPU it may be elsewhere
+        let elsewhere = [self.plan.v2, Some(self.plan.roles[&Role::Cpu])];
+        let v1 = (0..self.plan.with_leaves).find(|index| !elsewhere.contains(&Some(*index)))?;
         Some(self.base.dir(v1).attach(Pid::from_raw(0)))
     }
 
@@ -376,7 +387,7 @@ impl Remains<'_> {
 fn sweep(base: &Level, name: &str) {
     let deadline = Instant::now() + SWEEP_PATIENCE;
     // every hierarchy is worked on in each round, whether or not an earlier one is done
-    while base.0.iter().filter(|dir| !sweep_once(dir, name)).count() > 0 {
+    while base.0.iter().filter(|dir| !(host::move_out(dir, name) & sweep_once(dir, name))).count() > 0 {
         if Instant::now() > deadline {
             return;
         }

@@ -15,7 +15,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, mkdirat, umask};
-use nix::unistd::{Pid, chdir, fchdir, pivot_root, setsid};
+use nix::unistd::{Pid, chdir, fchdir, getppid, pivot_root, setsid};
 
 use super::networks::Networks;
 use super::outbox::Outbox;
@@ -174,6 +174,10 @@ fn lay_foundation(config: &LauncherConfig) -> Result<Foundation, Vec<String>> {
     let version = plan.as_ref().map(Plan::version);
     let make = |plan| Tree::make(plan, config.instance.as_str()).map_err(|error| problems.push(in_words(&error))).ok();
     let tree = plan.filter(|_| uids.is_some()).and_then(make);
+    if let (Some(tree), true) = (&tree, config.preferred) {
+        let preferred = tree.prefer(&[Pid::this(), getppid()]);
+        let _ = preferred.map_err(|errno| problems.push(format!("take CPU time before all jobs: {}", errno.desc())));
+    }
     let null = OpenOptions::new().read(true).write(true).open("/dev/null").map(OwnedFd::from);
     let null = null.map_err(|error| problems.push(format!("open `/dev/null`: {error}"))).ok();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);

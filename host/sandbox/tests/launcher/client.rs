@@ -89,7 +89,15 @@ pub(crate) fn spec(kind: Kind) -> SandboxSpec {
 /// What every launcher is configured with.
 pub(crate) fn config(instance: Name, lock_dir: &Path) -> LauncherConfig {
     let zygote_idle = Duration::from_secs(60);
-    LauncherConfig { version: VERSION, instance, lock_dir: lock_dir.to_owned(), ahead: false, zygotes: 4, zygote_idle }
+    LauncherConfig {
+        version: VERSION,
+        instance,
+        lock_dir: lock_dir.to_owned(),
+        ahead: false,
+        preferred: false,
+        zygotes: 4,
+        zygote_idle,
+    }
 }
 
 impl Client {
