@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::Stream;
@@ -36,6 +37,9 @@ use crate::plugin::Plugin;
 use crate::store::{Store, open_if_there};
 use crate::tenant::Tenant;
 use crate::upload::Compiler;
+
+/// How long the jobs of a deleted tenant are waited for.
+const FORGET_WITHIN: Duration = Duration::from_secs(5);
 
 /// What a job is to do.
 #[derive(Clone, Debug)]
@@ -246,9 +250,13 @@ impl Jobs {
         for entry in &live {
             entry.stop(Stop::Cancelled);
         }
-        for entry in &live {
-            entry.finished().await;
-        }
+        let over = async {
+            for entry in &live {
+                entry.finished().await;
+            }
+        };
+        // a process that the kernel does not let go of keeps nobody else's changes waiting
+        let _ = tokio::time::timeout(FORGET_WITHIN, over).await;
         self.unpark(tenant, None);
         self.0.registry.forget(tenant);
         self.0.admission.forget(tenant);
