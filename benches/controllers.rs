@@ -24,7 +24,7 @@ use holm_sandbox::launcher::spawn;
 use holm_sandbox::limits::{Ceiling, Limits};
 use holm_sandbox::probe::wait_up;
 use holm_sandbox::protocol::{FromLauncher, LauncherConfig, ToLauncher, VERSION};
-use holm_sandbox::spec::{Kind, SandboxId, SandboxSpec};
+use holm_sandbox::spec::{ArtifactId, Kind, SandboxId, SandboxSpec};
 use holm_sandbox::uids::LOCK_DIR;
 use holm_sandbox::usage::Exit;
 use holm_sandbox::wire::Packets;
@@ -235,7 +235,15 @@ impl Bench {
     fn start(name: &str) -> Self {
         let (launcher, child) = spawn(LAUNCHER).unwrap();
         let instance = format!("bench-{name}-{}", std::process::id()).parse().unwrap();
-        let config = LauncherConfig { version: VERSION, instance, lock_dir: LOCK_DIR.into(), ahead: true };
+        let config = LauncherConfig {
+            version: VERSION,
+            instance,
+            lock_dir: LOCK_DIR.into(),
+            ahead: true,
+            zygotes: 16,
+            zygote_idle: Duration::from_secs(10),
+            preferred: false,
+        };
         launcher.send(&ToLauncher::Configure(config), &[] as &[OwnedFd]).unwrap();
         wait_up(&launcher).unwrap();
         let mut program = tempfile::tempfile().unwrap();
@@ -352,6 +360,8 @@ fn spec(tenant: &str) -> SandboxSpec {
         ceiling: Ceiling::default(),
         kind: Kind::Native,
         program: "bench".parse().unwrap(),
+        artifact: ArtifactId([0; 32]),
+        fresh_network: false,
         limits: Limits {
             memory_bytes: 128 << 20,
             cpu_millicores: 2000,

@@ -18,7 +18,7 @@ use holm_sandbox::launcher::spawn;
 use holm_sandbox::limits::{Ceiling, Limits};
 use holm_sandbox::probe::wait_up;
 use holm_sandbox::protocol::{FromLauncher, LauncherConfig, ToLauncher, VERSION};
-use holm_sandbox::spec::{Kind, SandboxId, SandboxSpec};
+use holm_sandbox::spec::{ArtifactId, Kind, SandboxId, SandboxSpec};
 use holm_sandbox::uids::LOCK_DIR;
 use holm_sandbox::usage::Exit;
 use holm_sandbox::wire::Packets;
@@ -52,7 +52,16 @@ impl Bench {
     fn start() -> Self {
         let (launcher, child) = spawn(LAUNCHER).unwrap();
         let instance = format!("bench-{}", std::process::id()).parse().unwrap();
-        let config = LauncherConfig { version: VERSION, instance, lock_dir: LOCK_DIR.into(), ahead: true };
+        let zygote_idle = Duration::from_secs(10);
+        let config = LauncherConfig {
+            version: VERSION,
+            instance,
+            lock_dir: LOCK_DIR.into(),
+            ahead: true,
+            zygotes: 16,
+            zygote_idle,
+            preferred: false,
+        };
         launcher.send(&ToLauncher::Configure(config), &[] as &[OwnedFd]).unwrap();
         wait_up(&launcher).unwrap();
         Self { launcher, child, next: 1 }
@@ -76,12 +85,13 @@ impl Bench {
         let fds = [OwnedFd::from(theirs), artifact.try_clone().unwrap().into()];
         self.launcher.send(&ToLauncher::Launch { id, spec: spec(kind) }, &fds).unwrap();
         drop(fds);
-        let FromLauncher::Ready { .. } = self.recv() else { panic!("the sandbox did not become ready") };
         let null = || File::options().read(true).write(true).open("/dev/null").unwrap();
         let output = output.map_or_else(null, |file| file.try_clone().unwrap());
         let invocation = Invocation { args: vec!["bench".into()], fuel: 1 << 40, ..Invocation::default() };
         let message = JobMessage { payload: postcard::to_stdvec(&invocation).unwrap() };
+        // as the server does, before it is ready
         channel.send(&message, &[null(), output, null()]).unwrap();
+        let FromLauncher::Ready { .. } = self.recv() else { panic!("the sandbox did not become ready") };
         assert_eq!(self.recv(), FromLauncher::Started(id));
         match self.recv() {
             FromLauncher::Ended { report, .. } => assert_eq!(report.exit, Exit::Exited(0)),
@@ -115,6 +125,8 @@ fn spec(kind: Kind) -> SandboxSpec {
         ceiling: Ceiling::default(),
         kind,
         program: "bench".parse().unwrap(),
+        artifact: ArtifactId([0; 32]),
+        fresh_network: false,
         limits: Limits {
             memory_bytes: 128 << 20,
             cpu_millicores: 2000,

@@ -265,6 +265,10 @@ fn without_a_valid_key_everything_is_401_whether_it_exists_or_not() {
     }
     server.send("", "GET", "/v1/tenants", &[], b"").problem(401);
     server.send("", "GET", &format!("/v1/jobs/{NO_JOB}"), &[], b"").problem(401);
+    for key in ["", NOBODY] {
+        assert_eq!(server.send(key, "GET", "/v1/nothing/at/all", &[], b"").header("www-authenticate"), "Bearer");
+    }
+    server.get("/v1/nothing/at/all").problem(404);
     server.get("/v1/tenants/t/plugins/probe").expect(200);
 }
 

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use support::attack::{NotShown, Outside, inside, inside_with, never_shown, outside};
 use support::inspect::{Process, Running};
 use support::slowness::at_most;
-use support::{OPERATOR, Server, native};
+use support::{OPERATOR, Server, native, wait_until};
 
 const ENOENT: i64 = 2;
 const EPERM: i64 = 1;
@@ -38,7 +38,10 @@ fn e1_no_program_of_the_host_can_be_written_over_through_proc() {
     let program = host.path("launcher");
     fs::write(&program, native("probe")).unwrap();
     fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let mut victim = std::process::Command::new(&program).args(["sleep", "20000"]).spawn().unwrap();
+    let mut victim = std::process::Command::new(&program);
+    victim.args(["sleep", "20000"]);
+    // another test's fork may hold the file open to write for a moment
+    let mut victim = wait_until("the victim starts", || victim.spawn().ok());
     let told = host.run(&["overwrite-program", &victim.id().to_string()]);
     victim.wait().unwrap();
     assert_eq!(told, json!({"read": 0, "write": 26, "write after its end": 0}));

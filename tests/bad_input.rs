@@ -106,9 +106,20 @@ fn unknown_fields_and_wrong_types_are_400_and_change_nothing() {
     ] {
         assert_eq!(server.patch_json(PLUGIN, &body).problem(400), "malformed_request", "{body}");
     }
+    // a null takes away what is there; what never can be there is a mistake all the same
+    for body in [
+        json!({"limits": {"memory": null}}),
+        json!({"quota": {"jobs": null}}),
+        json!({"job_defaults": {"memory": null}}),
+        json!({"job_maximums": {"pids": 5, "memory": null}}),
+    ] {
+        assert_eq!(server.patch_json(TENANT, &body).problem(400), "malformed_request", "{body}");
+    }
+    assert_eq!(server.patch_json(PLUGIN, &json!({"limits": {"memory": null}})).problem(400), "malformed_request");
     let twice = server.operator("PUT", TENANT, &[JSON], b"{\"quota\": {}, \"quota\": {\"plugins\": 1}}");
     assert_eq!(twice.problem(400), "malformed_request");
     assert_eq!(settings(&server), before);
+    server.patch_json(PLUGIN, &json!({"env": {"NEVER_SET": null}, "limits": {"pids": null}})).expect(200);
 }
 
 /// Key, minimum for native plugins, and maximum of each limit that is an integer, as the contract has them.

@@ -5,7 +5,7 @@
 mod support;
 
 use serde_json::{Value, json};
-use support::component::{around, command, countdown};
+use support::component::{around, command, countdown, enlarged, of_two_parts};
 use support::function::http_guest;
 use support::{Answer, Server, native, wasm, wat};
 
@@ -283,22 +283,54 @@ fn what_is_no_whole_component_is_refused() {
 }
 
 #[test]
+fn parts_of_a_component_call_each_other_across_their_memories() {
+    let server = start();
+    for (length, exit_code) in [(5, 0), (6, 1)] {
+        assert_eq!(run(&server, &of_two_parts("hello", length), &json!({}))["outcome"], exited(exit_code));
+    }
+    // the engine sees two memories there, a guest's own module does not
+    let two = command("0.2.0", "(memory 1) (memory 1)", "i32.const 0");
+    assert!(refused(&server, "", two.as_bytes()).contains("memor"));
+}
+
+/// Uploads a component of the interface `http` and calls it. Gives what it answers.
+#[allow(clippy::print_stdout)] // figures for whoever looks
+fn compile_and_call(server: &Server, component: &[u8], path: &str) -> String {
+    let begun = std::time::Instant::now();
+    let uploaded = put(server, "", component).expect(201).json();
+    println!("{} bytes uploaded and compiled in {:?}", component.len(), begun.elapsed());
+    assert_eq!(uploaded["interface"], "http");
+    let answers: Vec<String> = (0..3)
+        .map(|_| {
+            let answer = server.get(path).expect(200);
+            let record = server.finished(&answer);
+            assert_eq!(record["outcome"], exited(0));
+            println!("{}", record["usage"]);
+            answer.text()
+        })
+        .collect();
+    assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:?}");
+    answers[0].clone()
+}
+
+#[test] // Python's runtime is as large, and takes the compiler half as long again
+fn a_component_of_eighteen_megabytes_compiles_and_answers() {
+    let server = start();
+    let component = enlarged(&wasm("http-hello"), 7 << 20, 11 << 20);
+    assert!(component.len() > 18 << 20);
+    let small = Server::start();
+    small.tenant("t", &json!({}));
+    small.upload("t", "p", &wasm("http-hello"));
+    let expected = small.get("/fn/t/p/?to=you").expect(200).text();
+    assert_eq!(compile_and_call(&server, &component, "/fn/t/p/?to=you"), expected);
+}
+
+#[test]
 fn a_large_language_runtime_compiles_and_answers() {
     let Some(file) = std::env::var_os("HOLM_PYTHON_COMPONENT") else {
         println!("SKIPPED a_large_language_runtime_compiles_and_answers: HOLM_PYTHON_COMPONENT names no component");
         return;
     };
-    let component = std::fs::read(file).unwrap();
-    let server = start();
-    let begun = std::time::Instant::now();
-    let uploaded = put(&server, "", &component).expect(201).json();
-    println!("{} bytes uploaded and compiled in {:?}", component.len(), begun.elapsed());
-    assert_eq!(uploaded["interface"], "http");
-    for _ in 0..3 {
-        let answer = server.get("/fn/t/p/a?b=c").expect(200);
-        assert!(answer.text().contains("/a?b=c"), "{}", answer.text());
-        let record = server.finished(&answer);
-        assert_eq!(record["outcome"], exited(0));
-        println!("{}", record["usage"]);
-    }
+    let answer = compile_and_call(&start(), &std::fs::read(file).unwrap(), "/fn/t/p/a?b=c");
+    assert!(answer.contains("/a?b=c"), "{answer}");
 }

@@ -78,6 +78,7 @@ fn cpus_of_this_machine() -> usize {
 #[test]
 fn tenants_share_a_cpu_as_their_weights_say_however_many_jobs_they_have() {
     let server = start([json!({"cpu_weight": 50, "cpuset": "0"}), json!({"cpu_weight": 200, "cpuset": "0"})]);
+    server.favour_jobs();
     let spin = ["spin", "25000"];
     let (a, more, b) = (
         run(&server, "a", &spin, &json!({})),
@@ -99,6 +100,7 @@ fn tenants_share_a_cpu_as_their_weights_say_however_many_jobs_they_have() {
 #[test]
 fn a_tenant_s_jobs_together_have_no_more_cpu_than_its_cores_and_each_its_own_when_they_are_raised() {
     let server = start([json!({"cpu_cores": 0.4}), json!({})]);
+    server.favour_jobs();
     let spin = ["spin", "25000"];
     let jobs = [run(&server, "a", &spin, &json!({})), run(&server, "a", &spin, &json!({}))];
     let rate = |cores: Value| {

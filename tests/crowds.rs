@@ -163,6 +163,75 @@ fn a_tenant_s_quotas_turn_its_own_jobs_away_and_nobody_else_s() {
 }
 
 #[test]
+fn r1_one_tenant_s_jobs_with_the_most_processes_leave_room_for_others() {
+    let server = start_with("queue_timeout_ms = 1000");
+    server.tenant("t", &json!({"job_defaults": {"pids": 4096}}));
+    server.tenant("other", &json!({}));
+    server.upload("other", "probe", &native("probe"));
+    // more than a machine with 32,768 pids has room for
+    let greedy: Vec<Raw> = (0..8).map(|_| begin(&server, "t")).collect();
+    wait_until("they have all that they can have", || {
+        let jobs = server.get("/v1/tenants/t/jobs?state=queued").json();
+        jobs["jobs"].as_array().unwrap().iter().any(|job| job["id"].is_string()).then_some(())
+    });
+    for _ in 0..5 {
+        assert_eq!(end(begin(&server, "other")), 200);
+    }
+    assert_eq!(turned_away(begin(&server, "t"), 429), ("quota_exceeded".to_owned(), json!("pids")));
+    drop(greedy);
+    wait_for(&server, "t", "finished", 1);
+    server.assert_healthy();
+}
+
+#[test]
+fn r9_an_output_that_nobody_takes_has_its_job_s_place_and_disk_for_no_more_of_them() {
+    let server = start_with("queue_timeout_ms = 500");
+    server.tenant("t", &json!({"quota": {"jobs_running": 2}}));
+    let flood =
+        [r#"Holm-Args: ["flood", "stdout", "32"]"#, r#"Holm-Limits: {"output_bytes": 67108864}"#, "content-length: 0"];
+    let flood = || Raw::request(&server, &format!("POST {PROBE}"), &flood);
+    let mut slow = [flood(), flood()];
+    wait_for(&server, "t", "finished", 2);
+    assert_eq!(turned_away(flood(), 429), ("quota_exceeded".to_owned(), json!("jobs_running")));
+    let bytes: Vec<usize> = slow.iter_mut().map(|raw| raw.answered().expect(200).body.len()).collect();
+    assert_eq!(bytes, [32 << 20; 2]);
+    assert_eq!(flood().answered().expect(200).body.len(), 32 << 20);
+    drop(flood());
+    server.assert_healthy();
+}
+
+#[test]
+fn h2_one_tenant_s_slow_requests_leave_connections_and_disk_for_others() {
+    let server = start_with("connections = 100");
+    server.tenant("t", &json!({"quota": {"jobs_running": 1, "jobs_queued": 1}}));
+    let key = server.key("t");
+    let slow = |line: &str| {
+        let mut raw = Raw::connect(&server);
+        let head = format!("{line} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Length: 1000\r\n\r\n");
+        raw.send(head.as_bytes());
+        raw
+    };
+    let uploads: Vec<Raw> = (0..32).map(|_| slow("PUT /v1/tenants/t/plugins/p")).collect();
+    wait_until("all of them are received", || {
+        (server.data().join("tmp").read_dir().unwrap().count() == 32).then_some(())
+    });
+    let put = || slow("PUT /v1/tenants/t/plugins/p");
+    assert_eq!(turned_away(put(), 429), ("quota_exceeded".to_owned(), json!("uploads_at_once")));
+    // 66 in all: as many as it may have jobs, and 64
+    let patches: Vec<Raw> = (0..34).map(|_| slow("PATCH /v1/tenants/t/plugins/probe")).collect();
+    wait_until("there is no place left for it", || {
+        let answer = server.send(&key, "GET", "/v1/tenants/t", &[], b"");
+        (answer.status == 429 && answer.json()["quota"] == "requests_at_once").then_some(())
+    });
+    assert_eq!(end(begin(&server, "t")), 200, "the operator is nobody's tenant");
+    server.assert_healthy();
+    drop((uploads, patches));
+    wait_until("its places are free again", || {
+        (server.send(&key, "GET", "/v1/tenants/t", &[], b"").status == 200).then_some(())
+    });
+}
+
+#[test]
 fn who_waits_too_long_for_a_place_on_a_full_server_is_told_to_come_again() {
     let server = start_with("jobs_running = 1\nqueue_timeout_ms = 300");
     server.tenant("other", &json!({}));

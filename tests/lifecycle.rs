@@ -7,9 +7,11 @@ mod support;
 use std::fs;
 use std::net::TcpStream;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use holm_sandbox::cgroup::Plan;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use support::inspect::Running;
@@ -55,15 +57,67 @@ fn an_idle_server_stops_within_a_second_and_takes_its_whole_family_along() {
     }
 }
 
-#[test]
-fn a_strict_umask_of_the_server_s_is_not_the_jobs() {
+#[test] // without that, they wait for the CPU up to 0.7 s at a time while jobs fork without end
+fn r6_server_and_launcher_have_cpu_time_before_all_jobs_and_leave_nothing_of_it() {
+    let mut server = Server::start().with_probe();
+    let job = Running::start(&server, "t", "probe", &json!(["count"]), &json!({}));
+    let v2 = Plan::for_this_process().unwrap().version() == "v2";
+    let (file, weights) = if v2 { ("cpu.weight", [3200, 100]) } else { ("cpu.shares", [32_768, 1024]) };
+    let instance = job.cgroup_file(&server, file).ancestors().nth(3).unwrap().to_owned();
+    let name = instance.file_name().unwrap().to_str().unwrap();
+    let own = if v2 { "holm-server".to_owned() } else { format!("server-of-{name}") };
+    for process in [server.process(), server.launcher(), server.sweeper()] {
+        let cgroup = process.cgroups()["cpu"].clone();
+        // the root of all v2 gives nobody a leaf
+        assert!(cgroup.ends_with(&format!("/{own}")) || (v2 && cgroup == "/"), "{cgroup}");
+    }
+    let host = instance.parent().unwrap().join(own);
+    let weight = |dir: PathBuf| fs::read_to_string(dir.join(file)).unwrap().trim().parse::<u64>().unwrap();
+    if !v2 || host.exists() {
+        assert_eq!([weight(host.clone()), weight(instance.join("t"))], weights);
+    }
+    job.finish().expect(200);
+    // whoever dies first, the others are where they came from before their end
+    server.launcher().signal(Signal::SIGKILL);
+    assert_eq!(server.wait().code(), Some(70));
+    wait_until("no cgroup is left", || (server.cgroups().is_empty() && (v2 || !host.exists())).then_some(()));
+}
+
+/// Starts a server from a shell that does this before.
+fn start_after(line: &str) -> Server {
     let dir = tempfile::tempdir().unwrap();
     let plain = Server::command(&dir, "");
-    let mut strict = Command::new("sh");
-    strict.args(["-c", "umask 077 && exec \"$@\"", "sh"]).arg(plain.get_program()).args(plain.get_args());
-    strict.env("HOLM_OPERATOR_KEY", OPERATOR).stdin(Stdio::null());
-    strict.stderr(fs::OpenOptions::new().append(true).open(dir.path().join("log")).unwrap());
-    Server::spawn(strict, dir).with_probe().assert_healthy();
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &format!("{line} && exec \"$@\""), "sh"]).arg(plain.get_program()).args(plain.get_args());
+    shell.env("HOLM_OPERATOR_KEY", OPERATOR).stdin(Stdio::null());
+    shell.stderr(fs::OpenOptions::new().append(true).open(dir.path().join("log")).unwrap());
+    Server::spawn(shell, dir).with_probe()
+}
+
+#[test]
+fn a_strict_umask_of_the_server_s_is_not_the_jobs() {
+    start_after("umask 077").assert_healthy();
+}
+
+#[test]
+fn an_environment_that_is_no_text_is_nobody_s_concern() {
+    start_after(r"export NO_TEXT=$(printf '\377')").assert_healthy();
+}
+
+#[test]
+fn h1_a_server_that_may_open_few_files_keeps_enough_of_them_for_clients_and_jobs() {
+    let server = start_after("ulimit -n 256");
+    assert!(server.log().contains("`connections` is 128 and not 4096"), "{}", server.log());
+    let idle: Vec<Raw> = (0..200).map(|_| Raw::connect(&server)).collect();
+    let jobs: Vec<Raw> = (0..20)
+        .map(|_| Raw::request(&server, &format!("POST {PROBE}"), &["content-length: 1", "holm-args: [\"count\"]"]))
+        .collect();
+    for mut job in jobs {
+        job.send(b"x");
+        job.answered().expect(200);
+    }
+    drop(idle);
+    assert!(!server.log().contains("could not be accepted"), "{}", server.log());
 }
 
 #[test]
@@ -237,6 +291,23 @@ fn the_server_is_a_user_without_capabilities_in_a_directory_that_is_its_own() {
     assert_eq!(server.process().proc_owner(), 0, "nobody may look into it");
     let data = fs::metadata(server.data()).unwrap();
     assert_eq!(data.permissions().mode() & 0o777, 0o700);
+}
+
+#[test]
+fn a_data_directory_that_others_may_enter_has_nothing_that_they_can_read() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("data")).unwrap();
+    fs::set_permissions(dir.path().join("data"), fs::Permissions::from_mode(0o755)).unwrap();
+    let server = Server::start_in(dir, "");
+    server.tenant("t", &json!({}));
+    server.upload("t", "p", &wasm("echo"));
+    let modes: Vec<_> = fs::read_dir(server.data())
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .map(|entry| (entry.file_name(), entry.metadata().unwrap().permissions().mode() & 0o777))
+        .collect();
+    assert!(modes.iter().any(|(name, _)| name == "holm.db-wal"), "{modes:?}");
+    assert!(modes.iter().all(|(_, mode)| mode & 0o77 == 0), "{modes:?}");
 }
 
 #[test]

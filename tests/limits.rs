@@ -58,11 +58,12 @@ fn r3_memory_ends_the_whole_job_and_its_peak_is_never_more() {
     let server = start();
     for limit in [8 * MIB, 32 * MIB, 128 * MIB] {
         let (limits, mib) = (json!({"memory_bytes": limit}), limit / MIB);
-        let (under, over_it) = ((mib * 3 / 4).to_string(), (mib + 1).to_string());
+        // the program's copy, its stacks and page tables are some 2.5 MiB
+        let (under, over_it) = ((mib * 5 / 8).to_string(), (mib + 1).to_string());
         let record = well(&server, &["allocate", &under], &limits);
         assert_eq!(record["output"], format!("{under}\n"));
         let peak = used(&record, "memory_peak_bytes");
-        assert!((limit * 3 / 4..=limit).contains(&peak), "{peak} of {limit}");
+        assert!((limit * 5 / 8..=limit).contains(&peak), "{peak} of {limit}");
         for way in ["allocate", "allocate-in-child", "allocate-in-grandchild"] {
             let record = server.probe(&[way, &over_it], &limits);
             over(&record, "memory_bytes");

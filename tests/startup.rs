@@ -235,7 +235,7 @@ fn namespaces_that_are_switched_off_are_named() {
     let missing = both_refuse(&prefix, locks.path().to_str().unwrap());
     let found = "user.max_ipc_namespaces is 0; user.max_net_namespaces is 0";
     // the only id that is mapped is root's
-    let ids = "fewer than 8000 ids besides root's are mapped in this user namespace";
+    let ids = "fewer than 9000 ids besides root's are mapped in this user namespace";
     assert_eq!(
         missing,
         [("namespaces", found), ("uids", ids)].map(|(name, found)| (name.to_owned(), found.to_owned()))

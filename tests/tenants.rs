@@ -117,6 +117,26 @@ fn patch_merges_and_null_restores_the_default() {
 }
 
 #[test]
+fn patches_at_once_are_all_laid_over_each_other() {
+    let server = Server::start().with_probe();
+    std::thread::scope(|scope| {
+        for (i, key) in ["plugins", "jobs_running", "jobs_queued", "requests_per_second"].into_iter().enumerate() {
+            let server = &server;
+            scope.spawn(move || {
+                for round in 0..10 {
+                    let name = format!("V{i}_{round}");
+                    server.patch_json("/v1/tenants/t", &json!({"quota": {key: 1000 + round}})).expect(200);
+                    server.patch_json("/v1/tenants/t/plugins/probe", &json!({"env": {name: ""}})).expect(200);
+                }
+            });
+        }
+    });
+    let quota = json!({"plugins": 1009, "jobs_running": 1009, "jobs_queued": 1009, "requests_per_second": 1009});
+    assert_eq!(server.get("/v1/tenants/t").json()["quota"], quota);
+    assert_eq!(server.get("/v1/tenants/t/plugins/probe").json()["env"].as_object().unwrap().len(), 40);
+}
+
+#[test]
 fn a_patch_that_would_make_bad_settings_changes_nothing() {
     let server = Server::start();
     server.tenant("a", &json!({"job_defaults": {"pids": 7}}));

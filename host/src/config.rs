@@ -1,5 +1,6 @@
 //! Configuration: a TOML file, over it the environment (`HOLM_…`), over it the command line.
 
+use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -56,6 +57,10 @@ pub struct Config {
     pub parked_sandboxes: usize,
     /// How long sandboxes wait after their plugin's last job.
     pub parked_idle_ms: u64,
+    /// Zygotes, each a process that has one WebAssembly plugin loaded and is what its sandboxes are cloned from, at most.
+    pub zygotes: usize,
+    /// How long a zygote is kept after its plugin's last job.
+    pub zygote_idle_ms: u64,
     /// Memory of one compilation.
     pub compile_memory_bytes: u64,
     /// CPU time of one compilation.
@@ -96,6 +101,8 @@ impl Default for Config {
             parked_per_plugin: 4,
             parked_sandboxes: 64,
             parked_idle_ms: 2000,
+            zygotes: 256,
+            zygote_idle_ms: 10_000,
             compile_memory_bytes: 1 << 30,
             compile_cpu_time_ms: 60_000,
             compile_wall_time_ms: 60_000,
@@ -152,6 +159,9 @@ pub enum ConfigError {
     PlainHttp(SocketAddr),
 }
 
+/// What the server has open for one job: its channel, three pipes, its artifact, its output; and something to spare.
+const FILES_OF_A_JOB: usize = 8;
+
 /// The prefix of the environment's variables.
 const PREFIX: &str = "HOLM_";
 
@@ -166,7 +176,7 @@ impl Config {
     /// See [`ConfigError`].
     pub fn load(
         file: Option<&Path>,
-        env: impl Iterator<Item = (String, String)>,
+        env: impl Iterator<Item = (OsString, OsString)>,
         flags: &[(&'static str, toml::Value)],
     ) -> Result<Self, ConfigError> {
         let mut table = match file {
@@ -181,19 +191,41 @@ impl Config {
         };
         let mut origin = file.map_or_else(|| "the command line".to_owned(), |path| path.display().to_string());
         for (name, value) in env {
-            if let Some(key) = name.strip_prefix(PREFIX).filter(|_| !NOT_SETTINGS.contains(&name.as_str())) {
-                table.insert(key.to_ascii_lowercase(), plain_or_toml(&value));
-                origin.push_str(&format!(" and {name}"));
-            }
+            let Some(name) = name.to_str().filter(|name| !NOT_SETTINGS.contains(name)) else { continue };
+            let Some(key) = name.strip_prefix(PREFIX) else { continue };
+            let Some(value) = value.to_str() else {
+                let (origin, detail) = (name.to_owned(), "it is not UTF-8".to_owned());
+                return Err(ConfigError::Parse { origin, detail });
+            };
+            table.insert(key.to_ascii_lowercase(), plain_or_toml(value));
+            origin.push_str(&format!(" and {name}"));
         }
         for (key, value) in flags {
             table.insert((*key).to_owned(), value.clone());
         }
         let config: Self = table
             .try_into()
-            .map_err(|error: toml::de::Error| ConfigError::Parse { origin, detail: error.to_string() })?;
+            .map_err(|error: toml::de::Error| ConfigError::Parse { origin, detail: in_one_line(&error) })?;
         config.check()?;
         Ok(config)
+    }
+
+    /// The same on a machine on which this process may have `files` open. Connections have half of them, jobs the other:
+    /// a crowd of clients that do nothing must meet the cap of connections before there is nothing to open left, as only
+    /// then the idle ones give way.
+    #[must_use]
+    pub fn within(mut self, files: u64) -> Self {
+        let half = usize::try_from(files / 2).unwrap_or(usize::MAX).max(FILES_OF_A_JOB);
+        for (key, value, most) in [
+            ("connections", &mut self.connections, half),
+            ("jobs_running", &mut self.jobs_running, half / FILES_OF_A_JOB),
+        ] {
+            if *value > most {
+                tracing::warn!(files, "`{key}` is {most} and not {value}, as this process may open {files} files");
+                *value = most;
+            }
+        }
+        self
     }
 
     fn check(&self) -> Result<(), ConfigError> {
@@ -208,6 +240,8 @@ impl Config {
             ("body_timeout_ms", self.body_timeout_ms),
             ("drain_timeout_ms", self.drain_timeout_ms),
             ("parked_idle_ms", self.parked_idle_ms),
+            ("zygotes", self.zygotes as u64),
+            ("zygote_idle_ms", self.zygote_idle_ms),
             ("compile_artifact_bytes", self.compile_artifact_bytes),
         ];
         if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
@@ -248,6 +282,11 @@ impl Config {
     }
 }
 
+/// The library's words, which come in lines.
+fn in_one_line(error: &toml::de::Error) -> String {
+    error.to_string().trim_end().replace('\n', " ")
+}
+
 /// A value that parses as TOML is that; everything else is the text itself.
 fn plain_or_toml(text: &str) -> toml::Value {
     let parsed = format!("x = {text}").parse::<toml::Table>();
@@ -262,7 +301,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("holm.toml");
         std::fs::write(&path, toml).unwrap();
-        let env = env.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+        let env = env.iter().map(|(k, v)| (OsString::from(k), OsString::from(v)));
         Config::load(Some(&path), env, flags)
     }
 
@@ -275,6 +314,16 @@ mod tests {
         assert_eq!((config.listen.port(), config.jobs_running, config.jobs_queued), (3, 2, 1));
         assert_eq!(config.job_defaults["pids"], 7);
         assert_eq!(config.connections, 4096);
+    }
+
+    #[test]
+    fn few_open_files_are_divided() {
+        let config = Config::default().within(20_000);
+        assert_eq!((config.connections, config.jobs_running), (4096, 256));
+        let config = Config::default().within(1024);
+        assert_eq!((config.connections, config.jobs_running), (512, 64));
+        let config = Config::default().within(0);
+        assert_eq!((config.connections, config.jobs_running), (8, 1));
     }
 
     #[test]

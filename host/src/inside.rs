@@ -3,12 +3,13 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use holm_runtime::invocation::{Invocation, Report, short};
 use holm_runtime::{native, wasm};
 use holm_sandbox::spec::{Kind, SandboxSpec};
 use holm_sandbox::wire::Packets;
-use holm_sandbox::workload::{Job, Task, Workload};
+use holm_sandbox::workload::{Job, PROC, Task, Workload};
 use nix::errno::Errno;
 
 /// The name under which this program starts as the launcher.
@@ -40,13 +41,15 @@ impl Workload for Inside {
             Kind::Native => Box::new(Native { path: format!("/bin/{}", spec.program) }),
             Kind::Compile => Box::new(Compile { source: artifact.into() }),
             Kind::Wasm => {
-                let size = |bytes: u64| usize::try_from(bytes).map_err(|_| Errno::EOVERFLOW);
-                let memory_bytes = size(spec.limits.memory_bytes)?;
-                let loaded = wasm::load(File::from(artifact), size(spec.limits.stack_bytes)?);
-                Box::new(Wasm { loaded: loaded.map_err(|_| Errno::ENOEXEC)?, memory_bytes })
+                let loaded = wasm::load(File::from(artifact), size(spec.limits.stack_bytes)?, Path::new(PROC));
+                Box::new(Wasm { loaded: loaded.map_err(|_| Errno::ENOEXEC)?, memory_bytes: 0 })
             }
         })
     }
+}
+
+fn size(bytes: u64) -> nix::Result<usize> {
+    usize::try_from(bytes).map_err(|_| Errno::EOVERFLOW)
 }
 
 /// A program in the sandbox's root, at `path`.
@@ -55,6 +58,10 @@ struct Native {
 }
 
 impl Task for Native {
+    fn settle(&mut self, _: &SandboxSpec) -> nix::Result<()> {
+        Ok(())
+    }
+
     fn run(self: Box<Self>, job: Job) -> i32 {
         let Job { payload, channel, started } = job;
         let invocation = match invocation(&payload) {
@@ -74,6 +81,11 @@ struct Wasm {
 }
 
 impl Task for Wasm {
+    fn settle(&mut self, spec: &SandboxSpec) -> nix::Result<()> {
+        self.memory_bytes = size(spec.limits.memory_bytes)?;
+        self.loaded.settle().map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(Errno::EIO as i32)))
+    }
+
     fn run(self: Box<Self>, job: Job) -> i32 {
         let Job { payload, channel, started } = job;
         let report = match invocation(&payload) {
@@ -89,6 +101,10 @@ struct Compile {
 }
 
 impl Task for Compile {
+    fn settle(&mut self, _: &SandboxSpec) -> nix::Result<()> {
+        Ok(())
+    }
+
     fn run(self: Box<Self>, job: Job) -> i32 {
         job.started.signal();
         tell(&job.channel, &wasm::compile(self.source))

@@ -362,7 +362,8 @@ fn collect_pids(dir: &Path, pids: &mut Vec<u32>) {
     let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
     let own: Vec<u32> = procs.lines().filter_map(|line| line.parse().ok()).collect();
     let name = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    if !own.iter().any(|pid| matches!(name(pid).trim_end(), "holm-launcher" | "holm-parked")) {
+    const NO_JOB: [&str; 4] = ["holm-launcher", "holm-parked", "holm-zygote", "holm-family"];
+    if !own.iter().any(|pid| NO_JOB.contains(&name(pid).trim_end())) {
         pids.extend(own);
     }
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {

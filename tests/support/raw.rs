@@ -62,9 +62,12 @@ impl Raw {
         self.offer(&chunk)
     }
 
-    /// Sends no more. The server sees the end of the stream, but can still answer.
+    /// Sends no more. The server sees the end of the stream, but can still answer. It may have closed its own end before.
     pub fn finish(&self) {
-        self.stream.shutdown(Shutdown::Write).unwrap();
+        match self.stream.shutdown(Shutdown::Write) {
+            Err(error) if error.kind() != ErrorKind::NotConnected => panic!("{error}"),
+            _ => {}
+        }
     }
 
     /// Reads one answer; `None` if the connection ends without one.

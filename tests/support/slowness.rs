@@ -13,3 +13,12 @@ static FACTOR: LazyLock<u32> = LazyLock::new(|| match std::env::var("TEST_SLOWNE
 pub(crate) fn at_most(usual: Duration) -> Duration {
     usual * *FACTOR
 }
+
+/// Lets the calling thread measure times though others on this machine want its CPU, as far as it may. What it starts is
+/// treated as ever.
+#[allow(dead_code)] // by those who measure
+pub(crate) fn wait_for_nobody() {
+    let first = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the parameters outlive the call, which concerns this thread alone.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, &raw const first) };
+}

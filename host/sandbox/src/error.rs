@@ -27,6 +27,12 @@ pub enum Step {
     MakeDev,
     /// The socket pair of the gate is made.
     MakeGate,
+    /// The namespaces of the tenant's family are made, which its zygotes share.
+    MakeFamily,
+    /// The zygote is cloned and attached to its cgroup.
+    MakeZygote,
+    /// The zygote clones the sandbox and tells so.
+    Spawn,
     /// The process is cloned into its namespaces.
     Clone,
     /// The uid and gid maps are written.
@@ -35,7 +41,12 @@ pub enum Step {
     AttachCgroup,
     /// The gate is opened, or the sandbox admitted through it.
     OpenGate,
-    // in the child
+    // in the zygote
+    /// The zygote enters the namespaces of its family, and makes its own.
+    EnterFamily,
+    /// The zygote moves into a network namespace of its own.
+    MakeNetwork,
+    // in the child; the zygote takes some of these steps for all of its children
     /// Inherited descriptors are closed.
     CloseFds,
     /// The child waits at its gate, to go on or to be admitted.
@@ -129,6 +140,11 @@ impl fmt::Display for Step {
             Self::WatchOom => "watch the job's cgroup for OOM kills",
             Self::MakeDev => "make `/dev`",
             Self::MakeGate => "make the gate",
+            Self::MakeFamily => "make the namespaces of the tenant's zygotes",
+            Self::MakeZygote => "make the zygote",
+            Self::Spawn => "spawn the sandbox from its zygote",
+            Self::EnterFamily => "enter the namespaces of the tenant's zygotes",
+            Self::MakeNetwork => "make a network namespace for the zygote",
             Self::Clone => "clone into new namespaces",
             Self::MapIds => "write the uid and gid maps",
             Self::AttachCgroup => "attach to the cgroup",

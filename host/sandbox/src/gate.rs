@@ -2,10 +2,13 @@
 //!
 //! ```text
 //! launcher                                   sandbox
-//!   maps written, cgroups attached
+//!   maps written
+//!   Enter ──────────────────────────────────▶ takes its ids, and what else needs no cgroup
+//!   cgroups attached
 //!   Open ───────────────────────────────────▶ namespaces entered, root built, confined
+//!   reads what is there already back
 //!                       Ready or Failed ◀────
-//!   reads the layers back
+//!   reads the other layers back
 //!   Admit ──────────────────────────────────▶ receives the job from the server
 //!   tells the server
 //!                                   Started ◀ the next instruction is the tenant's
@@ -40,7 +43,9 @@ pub(crate) enum FromSandbox {
 /// From the launcher to the sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum ToSandbox {
-    /// The maps are written and the cgroups attached: go on.
+    /// The maps are written: take your ids.
+    Enter,
+    /// The cgroups are attached: go on.
     Open,
     /// Every layer has been read back: take a job. Not the server's to say, however early it sends one.
     Admit,

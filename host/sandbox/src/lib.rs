@@ -23,6 +23,7 @@ pub mod policy;
 pub mod probe;
 pub mod protocol;
 pub mod rootless;
+mod spawn;
 pub mod spec;
 #[allow(unsafe_code)]
 mod sys;

@@ -18,7 +18,7 @@ use crate::error::{LaunchError, in_words};
 use crate::limits::{Ceiling, Limits};
 use crate::protocol::{FromLauncher, ToLauncher};
 use crate::rootless::{self, RootlessError, on_host};
-use crate::spec::{Kind, SandboxId, SandboxSpec};
+use crate::spec::{ArtifactId, Kind, SandboxId, SandboxSpec};
 use crate::sys::process::landlock_abi;
 use crate::uids::UidPool;
 use crate::usage::Isolation;
@@ -388,6 +388,8 @@ fn trial_spec() -> SandboxSpec {
     let name = |text: &str| text.parse().unwrap_or_else(|_| unreachable!("`{text}` is a name"));
     let second = Duration::from_secs(1);
     SandboxSpec {
+        artifact: ArtifactId([0; 32]),
+        fresh_network: true,
         tenant: name("trial"),
         ceiling: Ceiling::default(),
         kind: Kind::Native,

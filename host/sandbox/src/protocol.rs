@@ -1,6 +1,7 @@
 //! What server and launcher say to each other. The launcher is the privileged end: it checks every field it uses.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
@@ -26,6 +27,12 @@ pub struct LauncherConfig {
     pub lock_dir: PathBuf,
     /// Make what sandboxes need before they are asked for.
     pub ahead: bool,
+    /// The most zygotes at once. At least 1.
+    pub zygotes: usize,
+    /// How long a zygote without a sandbox is kept.
+    pub zygote_idle: Duration,
+    /// Give the sender and the launcher CPU time before all jobs.
+    pub preferred: bool,
 }
 
 /// From the server.
@@ -52,8 +59,16 @@ pub enum ToLauncher {
         /// Its new ceiling.
         ceiling: Ceiling,
     },
-    /// A tenant is deleted: forget the ceiling that has been set for it, and that it was frozen.
-    ForgetCeiling(Name),
+    /// A tenant is deleted: forget the ceiling that has been set for it, and that it was frozen, and end what its
+    /// sandboxes are cloned from.
+    ForgetTenant(Name),
+    /// A program of a tenant's is deleted: end what its sandboxes are cloned from.
+    ForgetProgram {
+        /// Whose.
+        tenant: Name,
+        /// Which.
+        program: Name,
+    },
     /// Do something with a sandbox that lives. Answered by [`FromLauncher::Answer`].
     Order {
         /// The number that the answer has. Chosen by the server.
@@ -145,7 +160,8 @@ impl ToLauncher {
             Self::Configure(_)
             | Self::Kill(_)
             | Self::SetCeiling { .. }
-            | Self::ForgetCeiling(_)
+            | Self::ForgetTenant(_)
+            | Self::ForgetProgram { .. }
             | Self::Order { .. }
             | Self::FreezeTenant { .. } => 0,
         }

@@ -20,6 +20,13 @@ impl Kind {
     /// Every kind.
     pub const ALL: [Self; 3] = [Self::Native, Self::Wasm, Self::Compile];
 
+    /// Whether sandboxes of this kind are cloned from a zygote, a process that has loaded the artifact. A program is
+    /// loaded by its own `execve`, and a compiler runs once for each artifact.
+    #[must_use]
+    pub const fn has_zygote(self) -> bool {
+        matches!(self, Self::Wasm)
+    }
+
     /// Processes of the host's own in a sandbox of this kind, which the job's `pids` does not count.
     #[must_use]
     pub const fn own_pids(self) -> u32 {
@@ -29,6 +36,11 @@ impl Kind {
         }
     }
 }
+
+/// Which artifact it is, among its tenant's: the digest of its content, say. Sandboxes of the same one may have it loaded
+/// once for all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ArtifactId(pub [u8; 32]);
 
 /// One sandbox: whose it is, what it runs, what it may use.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +53,11 @@ pub struct SandboxSpec {
     pub kind: Kind,
     /// The program's name: a native program is `/bin/<name>` inside.
     pub program: Name,
+    /// What comes with the launch as its artifact.
+    pub artifact: ArtifactId,
+    /// Its network namespace must be one that no sandbox has had before. Else it may be one of another sandbox of this
+    /// tenant's that is dead and has left nothing in it.
+    pub fresh_network: bool,
     /// What it may use.
     pub limits: Limits,
 }

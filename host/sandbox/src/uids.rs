@@ -27,7 +27,8 @@ use crate::spec::IDS_PER_JOB;
 /// leaves unused on Linux systems, above every range for users, containers and `/etc/subuid`.
 const FIRST_UID: u32 = 0x7000_0000;
 
-/// Job slots in one run: as many as a tenant may have jobs running by default.
+/// Job slots in one run: as many as a tenant may have jobs running by default. Ahead of them a run has the ids of the
+/// processes that jobs are cloned from, as many as one slot.
 const RUN_SLOTS: u32 = 64;
 
 /// Job slots in one run, and runs in one block, of the few ids that an ordinary user has.
@@ -45,11 +46,11 @@ pub struct IdRange {
 }
 
 impl IdRange {
-    /// The ids of a host: 255 blocks of 163 runs up to 2^31, above which some programs take uids for negative.
+    /// The ids of a host: 255 blocks of 161 runs up to 2^31, above which some programs take uids for negative.
     const HOST: Self = Self { first: FIRST_UID, blocks: 255, block_ids: 1 << 20, run_slots: RUN_SLOTS };
 
     /// The fewest ids that can be divided.
-    pub(crate) const LEAST: u32 = FEW_SLOTS * FEW_RUNS * IDS_PER_JOB;
+    pub(crate) const LEAST: u32 = (1 + FEW_SLOTS) * FEW_RUNS * IDS_PER_JOB;
 
     /// The ids of this process's user namespace: a host's, or else what is mapped there besides root. `None` if that
     /// is not enough.
@@ -77,7 +78,7 @@ impl IdRange {
     }
 
     const fn run_ids(self) -> u32 {
-        self.run_slots * IDS_PER_JOB
+        (1 + self.run_slots) * IDS_PER_JOB
     }
 
     const fn runs_per_block(self) -> u32 {
@@ -143,14 +144,33 @@ struct Run {
     number: u32,
     /// Bit n is set while slot n is taken.
     taken: u64,
+    /// Kept for its tenant, jobs or not.
+    kept: bool,
 }
 
 /// The ids of one live job: `first` to `first + IDS_PER_JOB - 1` on the host. Give it back with [`UidPool::give_back`].
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct JobIds {
     pub(crate) first: u32,
-    run: u32,
+    /// The run that they are of.
+    pub(crate) run: RunIds,
     slot: u32,
+}
+
+impl JobIds {
+    /// The first of them as a user namespace calls it in which the run's first id is 0.
+    pub(crate) fn within_run(&self) -> u32 {
+        self.first - self.run.first
+    }
+}
+
+/// A run of ids, all of one tenant: `first` to `first + count - 1` on the host. Those before the first job's are for the
+/// processes that jobs are cloned from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct RunIds {
+    pub(crate) first: u32,
+    pub(crate) count: u32,
+    number: u32,
 }
 
 impl UidPool {
@@ -203,15 +223,21 @@ impl UidPool {
         if self.tenants.get(tenant).is_none_or(|runs| runs.iter().all(full)) {
             let number = self.free_run()?;
             self.runs.insert(number, tenant.clone());
-            self.tenants.entry(tenant.clone()).or_default().push(Run { number, taken: 0 });
+            self.tenants.entry(tenant.clone()).or_default().push(Run { number, taken: 0, kept: false });
         }
         let runs = self.tenants.get_mut(tenant).ok_or(Errno::EUSERS)?;
         let run = runs.iter_mut().find(|run| !full(run)).ok_or(Errno::EUSERS)?;
         let slot = run.taken.trailing_ones();
         run.taken |= 1 << slot;
         let (block, within) = (run.number / range.runs_per_block(), run.number % range.runs_per_block());
-        let first = range.first + block * range.block_ids + within * range.run_ids() + slot * IDS_PER_JOB;
-        Ok(JobIds { first, run: run.number, slot })
+        let first = range.first + block * range.block_ids + within * range.run_ids();
+        let run = RunIds { first, count: range.run_ids(), number: run.number };
+        Ok(JobIds { first: first + (1 + slot) * IDS_PER_JOB, run, slot })
+    }
+
+    /// Keeps a run for the tenant that has it, or lets it go once no job has ids of it.
+    pub(crate) fn keep(&mut self, run: RunIds, kept: bool) {
+        self.change(run, |run| run.kept = kept);
     }
 
     fn free_run(&mut self) -> nix::Result<u32> {
@@ -229,20 +255,22 @@ impl UidPool {
 
     /// Gives a dead job's ids back.
     pub(crate) fn give_back(&mut self, ids: &JobIds) {
-        let Some(tenant) = self.runs.get(&ids.run).cloned() else {
-            return;
-        };
-        let Some(runs) = self.tenants.get_mut(&tenant) else {
-            return;
-        };
-        if let Some(run) = runs.iter_mut().find(|run| run.number == ids.run) {
-            run.taken &= !(1 << ids.slot);
+        self.change(ids.run, |run| run.taken &= !(1 << ids.slot));
+    }
+
+    /// Changes a run. One that nobody needs any more is any tenant's.
+    fn change(&mut self, ids: RunIds, change: impl FnOnce(&mut Run)) {
+        let Some(tenant) = self.runs.get(&ids.number).cloned() else { return };
+        let Some(runs) = self.tenants.get_mut(&tenant) else { return };
+        if let Some(run) = runs.iter_mut().find(|run| run.number == ids.number) {
+            change(run);
         }
         runs.retain(|run| {
-            if run.taken == 0 {
+            let needed = run.taken != 0 || run.kept;
+            if !needed {
                 self.runs.remove(&run.number);
             }
-            run.taken != 0
+            needed
         });
         if runs.is_empty() {
             self.tenants.remove(&tenant);
@@ -311,10 +339,18 @@ mod tests {
         assert_eq!(ids[last as usize].first - ids[0].first, last * IDS_PER_JOB);
         let other = pool.take(&b).unwrap();
         assert!(other.first >= ids[0].first + pool.range.run_ids());
+        let run = ids[0].run;
+        assert_eq!((run.first, ids[0].within_run()), (ids[0].first - IDS_PER_JOB, IDS_PER_JOB));
+        pool.keep(run, true);
         for ids in &ids {
             pool.give_back(ids);
         }
         pool.give_back(&other);
+        assert_eq!(pool.take(&b).unwrap().run.number, 1, "the first run is kept, without a job");
+        assert_eq!(pool.take(&a).unwrap(), ids[0]);
+        pool.give_back(&ids[0]);
+        pool.give_back(&other);
+        pool.keep(run, false);
         assert!(pool.runs.is_empty() && pool.tenants.is_empty());
         fs::remove_dir_all(dir).unwrap();
     }
@@ -325,9 +361,9 @@ mod tests {
         assert_eq!(IdRange::of(all, all), Some(IdRange::HOST));
         let few = "0 1000 1\n1 100000 65536\n";
         let range = IdRange::of(few, few).unwrap();
-        assert_eq!((range.first, range.blocks, range.block_ids), (1, 8, 8000));
+        assert_eq!((range.first, range.blocks, range.block_ids), (1, 7, 9000));
         assert_eq!(IdRange::of(few, "0 1000 1\n500 100000 65536\n").unwrap().first, 500);
-        for too_few in ["0 1000 1\n", "0 1000 1\n1 100000 7999\n", "", "nonsense"] {
+        for too_few in ["0 1000 1\n", "0 1000 1\n1 100000 8999\n", "", "nonsense"] {
             assert_eq!(IdRange::of(too_few, all), None, "{too_few}");
         }
     }

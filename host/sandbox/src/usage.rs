@@ -171,6 +171,9 @@ impl Namespaces {
 pub struct Isolation {
     /// Its namespaces.
     pub namespaces: Namespaces,
+    /// Its network namespace has served other sandboxes of the same tenant before, each of which had died and left
+    /// nothing in it. Else it is new.
+    pub recycled_network: bool,
     /// `Seccomp:` of `/proc/PID/status`: 2 is filter mode.
     pub seccomp: u8,
     /// Number of seccomp filters.

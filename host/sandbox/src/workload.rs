@@ -9,10 +9,14 @@ use crate::gate::{FromSandbox, SandboxGate};
 use crate::spec::SandboxSpec;
 use crate::wire::Packets;
 
-/// What a sandbox can run. Lives in the launcher; its methods run in the sandbox.
+/// Where a zygote has a `/proc` while it loads an artifact: it is the working directory, and mounted nowhere.
+pub const PROC: &str = ".";
+
+/// What a sandbox can run. Lives in the launcher; its methods run in the sandbox, or in the zygote that it is cloned from.
 pub trait Workload {
     /// Loads the artifact. The process is confined, one that is not native but for the last filter; no instruction of the
-    /// tenant's may run.
+    /// tenant's may run. Of `spec`, only what all sandboxes of one zygote have in common may be looked at where there is
+    /// one: kind, program, artifact and `stack_bytes`. There, `/proc` is at [`PROC`].
     ///
     /// # Errors
     /// Any errno: the launch is refused with [`crate::Step::Prepare`].
@@ -21,6 +25,13 @@ pub trait Workload {
 
 /// A loaded artifact, waiting for its job.
 pub trait Task {
+    /// Makes what no two sandboxes may share, in the sandbox itself: whatever has a descriptor, above all. The last
+    /// filter is not on yet.
+    ///
+    /// # Errors
+    /// Any errno: the launch is refused with [`crate::Step::Prepare`].
+    fn settle(&mut self, spec: &SandboxSpec) -> nix::Result<()>;
+
     /// Runs the job; gives the process's exit code. Must call [`Started::signal`] right before tenant code.
     fn run(self: Box<Self>, job: Job) -> i32;
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use holm_sandbox::name::Name;
 use tokio::sync::oneshot;
 
-use super::{Admission, AdmissionError, Loan, Permit, PermitId};
+use super::{Admission, AdmissionError, Allowance, Loan, Permit, PermitId};
 
 /// How long a job that could not be made to stand still is not asked again to lend its place.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
@@ -29,6 +29,7 @@ pub(super) struct Books {
 #[derive(Debug, Default)]
 struct TenantBooks {
     running: usize,
+    pids: u64,
     waiting: VecDeque<Waiter>,
     bucket: Option<Bucket>,
 }
@@ -38,7 +39,7 @@ struct TenantBooks {
 pub(super) struct Waiter {
     pub(super) id: u64,
     pub(super) pids: u64,
-    pub(super) most_running: u64,
+    pub(super) allowance: Allowance,
     pub(super) priority: u32,
     pub(super) grant: oneshot::Sender<Permit>,
 }
@@ -61,6 +62,17 @@ enum Place {
     Lending,
     Lent,
     Returning,
+}
+
+impl TenantBooks {
+    /// How many jobs with so many processes its own running jobs leave places for.
+    fn room(&self, allowance: Allowance, pids: u64) -> u64 {
+        let by_pids = match allowance.pids.saturating_sub(self.pids) / pids.max(1) {
+            0 if self.running == 0 => 1,
+            many => many,
+        };
+        allowance.running.saturating_sub(self.running as u64).min(by_pids)
+    }
 }
 
 /// A token bucket: `tokens` are left as of `at`.
@@ -110,12 +122,12 @@ impl Books {
         self.paused.contains(tenant)
     }
 
-    pub(super) fn why_so_long(&self, tenant: &Name, quota: u64) -> AdmissionError {
-        let running = self.tenants.get(tenant).map_or(0, |entry| entry.running);
-        match () {
-            () if self.is_paused(tenant) => AdmissionError::TenantPaused,
-            () if running as u64 >= quota => AdmissionError::TenantBusy(quota),
-            () => AdmissionError::ServerBusy,
+    pub(super) fn why_so_long(&self, tenant: &Name, allowance: Allowance, pids: u64) -> AdmissionError {
+        match self.tenants.get(tenant) {
+            _ if self.is_paused(tenant) => AdmissionError::TenantPaused,
+            Some(entry) if entry.running as u64 >= allowance.running => AdmissionError::TenantBusy(allowance.running),
+            Some(entry) if entry.room(allowance, pids) == 0 => AdmissionError::TenantPids(allowance.pids),
+            _ => AdmissionError::ServerBusy,
         }
     }
 
@@ -154,7 +166,7 @@ impl Books {
         let mut unwanted = Vec::new();
         loop {
             let next = self.next();
-            let fits = next.as_ref().filter(|next| self.pids + next.pids <= capacity.pids);
+            let fits = next.as_ref().filter(|next| self.pids == 0 || self.pids + next.pids <= capacity.pids);
             if self.running >= capacity.jobs_running {
                 if fits.is_some() {
                     self.ask_for_place(admission, capacity.jobs_running);
@@ -192,7 +204,7 @@ impl Books {
     fn eligible(&self, name: &Name) -> Option<(&Waiter, usize)> {
         let tenant = self.tenants.get(name).filter(|_| !self.paused.contains(name))?;
         let waiter = tenant.waiting.front()?;
-        let room = waiter.most_running.saturating_sub(tenant.running as u64);
+        let room = tenant.room(waiter.allowance, waiter.pids);
         (room > 0).then(|| (waiter, tenant.waiting.len().min(usize::try_from(room).unwrap_or(usize::MAX))))
     }
 
@@ -205,6 +217,7 @@ impl Books {
             self.turn.push_back(name.clone());
         }
         tenant.running += 1;
+        tenant.pids += waiter.pids;
         self.queued -= 1;
         self.running += 1;
         self.pids += waiter.pids;
@@ -223,6 +236,7 @@ impl Books {
         self.pids -= holder.pids;
         if let Some(entry) = self.tenants.get_mut(&holder.tenant) {
             entry.running -= 1;
+            entry.pids -= holder.pids;
         }
     }
 
@@ -235,6 +249,9 @@ impl Books {
         }
         holder.pids += more;
         self.pids += more;
+        if let Some(tenant) = self.tenants.get_mut(&holder.tenant) {
+            tenant.pids += more;
+        }
         true
     }
 

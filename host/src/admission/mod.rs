@@ -40,7 +40,16 @@ pub struct Allowance {
     pub running: u64,
     /// Waiting at once.
     pub waiting: u64,
+    /// Processes and threads that all its running jobs together may have. One job may have more if it is alone.
+    pub pids: u64,
 }
+
+/// One tenant may have a part of the server's pids, one in so many: its few jobs with the most processes that a job can
+/// have must not take the places of everybody else's.
+const PIDS_PART: u64 = 4;
+
+/// What a job has if nobody says otherwise, its init included. A tenant that may have many jobs may have so many each.
+const PIDS_EACH: u64 = 65;
 
 /// The right to run one job. Gives its place up when dropped.
 #[derive(Debug)]
@@ -71,6 +80,9 @@ pub enum AdmissionError {
     /// The job waited as long as it may, and it was its own tenant's jobs that kept it.
     #[error("the tenant's quota `jobs_running` of {0} was used up for too long")]
     TenantBusy(u64),
+    /// The same, by the processes that its jobs may have.
+    #[error("the tenant's jobs may have {0} processes together, and others of them had these for too long")]
+    TenantPids(u64),
     /// The job waited as long as it may, and its tenant is paused.
     #[error("the tenant is paused")]
     TenantPaused,
@@ -132,7 +144,9 @@ impl Admission {
     pub async fn admit(&self, tenant: &Tenant, pids: u64) -> Result<Permit, AdmissionError> {
         let quota = tenant.quota();
         let (running, waiting) = (quota.get(QuotaKey::JobsRunning), quota.get(QuotaKey::JobsQueued));
-        self.admit_within(tenant, Allowance { running, waiting }, pids).await
+        let part = self.0.capacity.pids / PIDS_PART;
+        let allowance = Allowance { running, waiting, pids: part.max(running.saturating_mul(PIDS_EACH)) };
+        self.admit_within(tenant, allowance, pids).await
     }
 
     /// The same, with other numbers than the tenant's quota for jobs.
@@ -150,7 +164,7 @@ impl Admission {
         match tokio::time::timeout(self.0.capacity.queue_timeout, granted).await {
             Ok(Ok(permit)) => Ok(permit),
             Ok(Err(_)) => Err(AdmissionError::Draining),
-            Err(_) => Err(self.books().why_so_long(tenant.name(), allowance.running)),
+            Err(_) => Err(self.books().why_so_long(tenant.name(), allowance, pids)),
         }
     }
 
@@ -229,7 +243,7 @@ impl Admission {
         let (grant, granted) = oneshot::channel();
         let (name, priority) = (tenant.name(), tenant.priority());
         let mut books = self.books();
-        let id = books.enqueue(name, |id| Waiter { id, pids, most_running: allowance.running, priority, grant })?;
+        let id = books.enqueue(name, |id| Waiter { id, pids, allowance, priority, grant })?;
         let unwanted = books.serve(self);
         // it had to be put in line to see whether there is a place at once; if not, is there one in line?
         let (waiting, queued) = books.waiting(name);
@@ -328,6 +342,40 @@ mod tests {
         let _small = admission.admit(&a, 40).await.unwrap();
         drop(large);
         assert!(admission.admit(&a, 60).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn r1_one_tenant_s_large_jobs_leave_room_for_others() {
+        let admission = admission(99, 1000, 99);
+        let (a, b) = (tenant("a", 3, 9), tenant("b", 3, 9));
+        let huge = admission.admit(&a, 900).await.unwrap();
+        assert_eq!(admission.admit(&a, 90).await.unwrap_err(), AdmissionError::TenantPids(250));
+        let (refused, ()) = tokio::join!(admission.admit(&a, 90), async {
+            tokio::task::yield_now().await;
+            assert!(admission.admit(&b, 90).await.is_ok(), "others do not wait behind it");
+        });
+        assert!(refused.is_err());
+        drop(huge);
+        let _two = (admission.admit(&a, 90).await.unwrap(), admission.admit(&a, 90).await.unwrap());
+        assert_eq!(admission.admit(&a, 90).await.unwrap_err(), AdmissionError::TenantPids(250));
+        let many = tenant("c", 9, 9);
+        let mut held = Vec::new();
+        for _ in 0..9 {
+            held.push(admission.admit(&many, 65).await.unwrap());
+        }
+    }
+
+    #[tokio::test]
+    async fn who_leaves_the_front_of_the_line_lets_the_others_go() {
+        let admission = admission(99, 100, 99);
+        let (a, b, c) = (tenant("a", 9, 9), tenant("b", 9, 9), tenant("c", 9, 9));
+        let _running = admission.admit(&a, 50).await.unwrap();
+        let (front, behind) = tokio::join!(admission.admit(&b, 60), async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            admission.admit(&c, 10).await
+        });
+        assert_eq!(front.unwrap_err(), AdmissionError::ServerBusy);
+        assert!(behind.is_ok());
     }
 
     #[tokio::test]

@@ -10,8 +10,9 @@ use holm_sandbox::spec::Kind;
 use holm_sandbox::uids::LOCK_DIR;
 use serde_json::json;
 
-use super::serve::start_launcher;
+use super::serve::{launcher_config, start_launcher};
 use super::{EX_OSERR, EX_UNAVAILABLE, Fatal, OrExit};
+use crate::config::Config;
 use crate::job::{OWN_ENV, USUAL_ENV};
 use crate::store::DataDir;
 
@@ -91,7 +92,8 @@ fn try_trial(args: &DoctorArgs) -> anyhow::Result<usize> {
 
 fn in_directory(args: &DoctorArgs, temporary: &std::path::Path) -> anyhow::Result<usize> {
     let dir = DataDir::hold(temporary)?;
-    let (launcher, mut child) = start_launcher(&args.lock_dir, &dir)?;
+    let config = Config { lock_dir: args.lock_dir.clone(), ..Config::default() };
+    let (launcher, mut child) = start_launcher(launcher_config(&config, &dir))?;
     let result: Result<_, TrialError> = probe::trial(&launcher);
     drop(launcher);
     child.wait()?;

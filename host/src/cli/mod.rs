@@ -60,7 +60,7 @@ impl Settings {
         flags.extend(self.listen.map(|listen| ("listen", text(listen.to_string()))));
         flags.extend(self.user.clone().map(|user| ("user", text(user))));
         flags.extend(self.plain_http.then_some(("plain_http", toml::Value::Boolean(true))));
-        Config::load(self.config.as_deref(), std::env::vars(), &flags)
+        Config::load(self.config.as_deref(), std::env::vars_os(), &flags)
     }
 }
 

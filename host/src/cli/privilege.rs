@@ -102,12 +102,10 @@ fn confine_to(data_dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Raises the number of open files to the hard limit: each job takes four, each connection one.
-pub(super) fn raise_open_files() {
-    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        // a lower limit is still a limit, and what it allows still works
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
-    }
+/// Raises the number of open files to the hard limit, and gives it.
+pub(super) fn raise_open_files() -> u64 {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 0 };
+    if setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() { hard } else { soft }
 }
 
 /// The data directory, made if it is not there.

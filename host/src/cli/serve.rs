@@ -28,7 +28,7 @@ use crate::inside::LAUNCHER;
 use crate::job::Jobs;
 use crate::launcher::{Launcher, LauncherGone, Parking, ParkingRules};
 use crate::limit::Given;
-use crate::server::{App, AppParts, ConnectionRules, PaceRule, serve};
+use crate::server::{App, AppParts, ConnectionRules, Crowd, PaceRule, serve};
 use crate::store::{DataDir, DataDirError, Store};
 use crate::telemetry;
 use crate::tenant::{Key, OperatorKey};
@@ -78,12 +78,12 @@ fn prepare(config: Config) -> Result<Ready, Fatal> {
     let listener = TcpListener::bind(config.listen)
         .with_context(|| format!("listen on {}; give another address with --listen", config.listen));
     let listener = listener.or_exit(EX_UNAVAILABLE)?;
-    let (launcher, child) = start_launcher(&config.lock_dir, &dir).or_exit(EX_UNAVAILABLE)?;
+    let (launcher, child) = start_launcher(launcher_config(&config, &dir)).or_exit(EX_UNAVAILABLE)?;
     probe::trial(&launcher)
         .context("a trial sandbox could not be isolated; `holm doctor` tells more")
         .or_exit(EX_UNAVAILABLE)?;
     let engine = holm_runtime::wasm::fingerprint().or_exit(EX_SOFTWARE)?;
-    raise_open_files();
+    let config = config.within(raise_open_files());
     identity.take_over(&path).or_exit(EX_OSERR)?;
     identity.assume(&path).context("give up privilege").or_exit(EX_OSERR)?;
     Ok(Ready { config, dir, operator, listener, launcher, child, engine })
@@ -102,15 +102,22 @@ fn check_machine(lock_dir: &Path) -> Result<(), Fatal> {
     Err(Fatal { code: EX_UNAVAILABLE, error })
 }
 
-/// Spawns the launcher and waits until it is up.
-pub(super) fn start_launcher(lock_dir: &Path, dir: &DataDir) -> anyhow::Result<(Packets, Child)> {
-    let (packets, child) = spawn(LAUNCHER).context("start the launcher")?;
-    let config = LauncherConfig {
+/// What the launcher has to know of the server's configuration.
+pub(super) fn launcher_config(config: &Config, dir: &DataDir) -> LauncherConfig {
+    LauncherConfig {
         version: VERSION,
         instance: dir.instance().clone(),
-        lock_dir: lock_dir.to_owned(),
+        lock_dir: config.lock_dir.clone(),
         ahead: true,
-    };
+        preferred: true,
+        zygotes: config.zygotes,
+        zygote_idle: Duration::from_millis(config.zygote_idle_ms),
+    }
+}
+
+/// Spawns the launcher and waits until it is up.
+pub(super) fn start_launcher(config: LauncherConfig) -> anyhow::Result<(Packets, Child)> {
+    let (packets, child) = spawn(LAUNCHER).context("start the launcher")?;
     packets.send(&ToLauncher::Configure(config), &[] as &[OwnedFd]).context("configure the launcher")?;
     let version = probe::wait_up(&packets)?;
     tracing::debug!(cgroups = version, "launcher up");
@@ -226,6 +233,8 @@ fn assemble(
         job_defaults: Given::from_stored(&config.job_defaults),
         job_maximums: Given::from_stored(&config.job_maximums),
         connections: connection_rules(config),
+        requests: Crowd::default(),
+        uploads: Crowd::default(),
         tenant_changes: tokio::sync::Mutex::default(),
         draining: AtomicBool::new(false),
     }))

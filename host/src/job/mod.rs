@@ -8,6 +8,7 @@ mod outcome;
 mod record;
 mod registry;
 mod run;
+mod turns;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,6 +16,7 @@ use std::fs::File;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::Stream;
@@ -33,13 +35,17 @@ pub use self::record::{IsolationRecord, JobRecord, Start, State, StatsRecord, Us
 use self::registry::Registry;
 pub use self::registry::{FINISHED_KEPT, Selection};
 pub use self::run::{OWN_ENV, USUAL_ENV};
-use crate::admission::{Admission, AdmissionError};
+use self::turns::Turns;
+use crate::admission::{Admission, AdmissionError, Permit};
 use crate::launcher::{Content, Parking};
 use crate::limit::{Limits, Runtime};
 use crate::plugin::Plugin;
 use crate::store::{Span, Store, StoreError, Totals, open_if_there};
 use crate::tenant::Tenant;
 use crate::upload::Compiler;
+
+/// How long the jobs of a deleted tenant are waited for.
+const FORGET_WITHIN: Duration = Duration::from_secs(5);
 
 /// What a job is to do.
 #[derive(Clone, Debug)]
@@ -109,9 +115,38 @@ pub struct Finished {
     /// Its record.
     pub record: JobRecord,
     /// Its standard output.
-    pub output: Content,
+    pub output: Output,
     /// The end of its standard error.
     pub stderr_tail: Bytes,
+}
+
+/// What a job has written to its standard output.
+#[derive(Debug)]
+pub struct Output {
+    /// The output itself.
+    pub content: Content,
+    /// The job's place, kept by an output that is on the disk: clients that take their time with theirs must not leave a
+    /// tenant room for ever more of them.
+    pub place: Option<Permit>,
+}
+
+impl Output {
+    fn in_place(self, place: Permit) -> Self {
+        let on_disk = matches!(self.content, Content::File(_));
+        Self { place: on_disk.then_some(place), ..self }
+    }
+}
+
+impl From<Content> for Output {
+    fn from(content: Content) -> Self {
+        Self { content, place: None }
+    }
+}
+
+impl Default for Output {
+    fn default() -> Self {
+        Content::Memory(Bytes::new()).into()
+    }
 }
 
 /// A submitted job. Dropping it means that nobody waits for the job any more, and ends it.
@@ -130,6 +165,7 @@ pub struct Jobs(Arc<Inner>);
 struct Inner {
     admission: Admission,
     parking: Parking,
+    turns: Turns,
     compiler: Arc<Compiler>,
     store: Store,
     registry: Registry,
@@ -141,8 +177,9 @@ impl Jobs {
     /// With no job yet.
     #[must_use]
     pub fn new(admission: Admission, parking: Parking, compiler: Arc<Compiler>, store: Store) -> Self {
-        let (registry, accounts, tasks) = (Registry::default(), Accounts::new(store.clone()), TaskTracker::new());
-        Self(Arc::new(Inner { admission, parking, compiler, store, registry, accounts, tasks }))
+        let (turns, tasks) = (Turns::new(), TaskTracker::new());
+        let (registry, accounts) = (Registry::default(), Accounts::new(store.clone()));
+        Self(Arc::new(Inner { admission, parking, turns, compiler, store, registry, accounts, tasks }))
     }
 
     /// Starts a job in a task of its own: whoever submitted it may go away at any moment without leaving half a launch
@@ -202,12 +239,13 @@ impl Jobs {
         Some(entry.record())
     }
 
-    /// Ends the jobs of a plugin, or all of a tenant's.
-    pub fn end_all_of(&self, tenant: &Name, plugin: Option<&Name>) {
-        for entry in self.0.registry.live(tenant, plugin) {
+    /// Ends the jobs of a deleted plugin.
+    pub fn end_all_of(&self, tenant: &Name, plugin: &Name) {
+        for entry in self.0.registry.live(tenant, Some(plugin)) {
             entry.stop(Stop::Cancelled);
         }
-        self.unpark(tenant, plugin);
+        self.unpark(tenant, Some(plugin));
+        self.0.parking.forget(tenant.clone(), plugin.clone());
     }
 
     /// Gives up the sandboxes that wait for jobs of a plugin, or of all of a tenant's, because what they were made of
@@ -222,14 +260,19 @@ impl Jobs {
         for entry in &live {
             entry.stop(Stop::Cancelled);
         }
-        for entry in &live {
-            entry.finished().await;
-        }
+        let over = async {
+            for entry in &live {
+                entry.finished().await;
+            }
+        };
+        // a process that the kernel does not let go of keeps nobody else's changes waiting
+        let _ = tokio::time::timeout(FORGET_WITHIN, over).await;
         self.unpark(tenant, None);
         self.0.registry.forget(tenant);
         self.0.accounts.forget(tenant);
         self.hold_new_ones(tenant, false);
         self.0.admission.forget(tenant);
+        self.0.turns.forget(tenant);
     }
 
     /// Writes down now and then what jobs have used, for as long as the server runs.

@@ -234,6 +234,8 @@ impl From<StallTime> for StallRecord {
 pub struct IsolationRecord {
     /// Inode numbers of its namespaces: `user`, `pid`, `mnt`, `uts`, `ipc`, `net`, `cgroup`.
     pub namespaces: BTreeMap<&'static str, u64>,
+    /// `fresh`, or `recycled`: another job of the same tenant has had it before, and left nothing in it.
+    pub network: &'static str,
     /// `filter` when system calls are filtered.
     pub seccomp: &'static str,
     /// Whether no exec can give privilege.
@@ -254,6 +256,7 @@ impl From<Isolation> for IsolationRecord {
     fn from(isolation: Isolation) -> Self {
         Self {
             namespaces: isolation.namespaces.named().into(),
+            network: if isolation.recycled_network { "recycled" } else { "fresh" },
             seccomp: match isolation.seccomp {
                 0 => "disabled",
                 1 => "strict",

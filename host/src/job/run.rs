@@ -9,7 +9,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use holm_runtime::invocation::{Invocation, Report};
-use holm_sandbox::spec::{Kind, SandboxSpec};
+use holm_sandbox::spec::{ArtifactId, Kind, SandboxSpec};
 use holm_sandbox::usage::{Isolation, KillCause, SandboxReport};
 use jiff::Timestamp;
 use tokio::io::AsyncWriteExt;
@@ -19,9 +19,9 @@ use super::entry::Entry;
 use super::line::{Line, Meter};
 use super::outcome::{Evidence, Outcome, Stop, fuel_used};
 use super::record::{IsolationRecord, JobRecord, Start, State, UsageRecord};
-use super::{Artifact, Finished, Input, JobRequest, Jobs, Streams, Supply};
+use super::{Artifact, Finished, Input, JobRequest, Jobs, Output, Streams, Supply};
 use crate::admission::{AdmissionError, Permit};
-use crate::launcher::{Collected, Collector, Content, Recipe, Sandbox, SandboxError, Stdio, StreamError};
+use crate::launcher::{Collected, Collector, Content, Sandbox, SandboxError, Stdio, StreamError};
 use crate::limit::{Limit, Runtime};
 use crate::plugin::Plugin;
 use crate::store::ArtifactError;
@@ -41,7 +41,7 @@ pub const OWN_ENV: [&str; 4] = ["HOLM_JOB_ID", "HOLM_TENANT", "HOLM_PLUGIN", "HO
 struct End {
     outcome: Outcome,
     usage: UsageRecord,
-    output: Content,
+    output: Output,
     stderr_tail: Bytes,
     /// What the kernel has counted for the tenant, and not for each job, since its last job ended.
     tenant_io: Option<(u64, u64)>,
@@ -50,7 +50,7 @@ struct End {
 impl End {
     /// The end of a job that never ran.
     fn without_run(outcome: Outcome, usage: UsageRecord) -> Self {
-        let (output, stderr_tail) = (Content::Memory(Bytes::new()), Bytes::new());
+        let (output, stderr_tail) = (Output::default(), Bytes::new());
         Self { outcome, usage, output, stderr_tail, tenant_io: None }
     }
 }
@@ -62,6 +62,8 @@ enum Fault {
     Sandbox(#[from] SandboxError),
     #[error("streams: {0}")]
     Stream(#[from] StreamError),
+    #[error("wait to be launched: {0}")]
+    Turn(#[source] AdmissionError),
     #[error("make the streams: {0}")]
     Pipe(#[source] std::io::Error),
     #[error("open the artifact: {0}")]
@@ -136,17 +138,17 @@ async fn launch(
     entry: &Arc<Entry>,
     request: &JobRequest,
     supply: Supply,
-    _permit: Permit,
+    permit: Permit,
     usage: &mut UsageRecord,
 ) -> Result<End, Fault> {
     let asked = Instant::now();
     let Supply { artifact, streams } = supply;
     let artifact = runnable(jobs, &request.tenant, &request.plugin, artifact).await?;
-    let recipe = Recipe { spec: spec(request), artifact: *request.plugin.revision.bytes() };
+    let spec = spec(request);
     let invocation = invocation(entry, request);
-    let (manned, start) = match parked(jobs, &recipe, &artifact, &invocation).await? {
+    let (manned, start) = match parked(jobs, &spec, &artifact, &invocation).await? {
         Some(manned) => (manned, Start::Parked),
-        None => match made(jobs, entry, recipe.spec, artifact, &invocation).await? {
+        None => match made(jobs, entry, &request.tenant, spec, artifact, &invocation).await? {
             Ok(manned) => (manned, Start::Cold),
             Err(Unmanned::Cancelled) => return Ok(End::without_run(Outcome::Cancelled, *usage)),
             Err(Unmanned::TooSmall(report)) => return Ok(too_small_to_begin(entry, request, &report, usage)),
@@ -158,7 +160,8 @@ async fn launch(
         record.start = Some(start);
     });
     entry.in_sandbox(sandbox.controls());
-    run_in(jobs, entry, request, streams, (manned, asked), usage).await
+    let end = run_in(jobs, entry, request, streams, (manned, asked), usage).await?;
+    Ok(End { output: end.output.in_place(permit), ..end })
 }
 
 /// A sandbox that has been given its job.
@@ -181,11 +184,11 @@ enum Unmanned {
 /// Gives the job to a sandbox that has been waiting for one, if there is any.
 async fn parked(
     jobs: &Jobs,
-    recipe: &Recipe,
+    spec: &SandboxSpec,
     artifact: &File,
     invocation: &Invocation,
 ) -> Result<Option<Manned>, Fault> {
-    while let Some((sandbox, isolation)) = jobs.0.parking.take(recipe, artifact) {
+    while let Some((sandbox, isolation)) = jobs.0.parking.take(spec, artifact) {
         let Stdio { stdin, stdout, stderr, theirs } = Stdio::make().map_err(Fault::Pipe)?;
         // else it has died this moment, and nothing of the job has begun
         if sandbox.give(invocation, theirs).await.is_ok() {
@@ -195,15 +198,22 @@ async fn parked(
     Ok(None)
 }
 
-/// Has a sandbox made for the job, and gives it to it.
+/// Has a sandbox made for the job. It finds the job waiting when it is admitted, and not a moment before that.
 async fn made(
     jobs: &Jobs,
     entry: &Entry,
+    tenant: &Tenant,
     spec: SandboxSpec,
     artifact: File,
     invocation: &Invocation,
 ) -> Result<Result<Manned, Unmanned>, Fault> {
+    let turn = tokio::select! {
+        turn = jobs.0.turns.take(tenant) => turn.map_err(Fault::Turn)?,
+        () = entry.cancel.cancelled() => return Ok(Err(Unmanned::Cancelled)),
+    };
     let (mut sandbox, _waiting) = jobs.0.parking.launch(spec, artifact)?;
+    let Stdio { stdin, stdout, stderr, theirs } = Stdio::make().map_err(Fault::Pipe)?;
+    let given = sandbox.give(invocation, theirs).await;
     let ready = tokio::select! {
         ready = sandbox.ready() => ready,
         () = entry.cancel.cancelled() => {
@@ -218,15 +228,9 @@ async fn made(
         }
         Err(error) => return Err(error.into()),
     };
-    let Stdio { stdin, stdout, stderr, theirs } = Stdio::make().map_err(Fault::Pipe)?;
-    if let Err(fault) = sandbox.give(invocation, theirs).await {
-        sandbox.killer().kill();
-        let (_, end) = sandbox.run(|| {}).await?;
-        if end.usage.oom_kills > 0 {
-            return Ok(Err(Unmanned::TooSmall(SandboxReport { killed: Some(KillCause::Memory), ..end })));
-        }
-        return Err(fault.into());
-    }
+    drop(turn);
+    // a sandbox that was not made tells why before that
+    given?;
     Ok(Ok(Manned { sandbox, isolation, stdin, stdout, stderr }))
 }
 
@@ -304,7 +308,7 @@ async fn run_in(
     let longer = usage.output_bytes.max(flows.errors.bytes());
     let outcome = judge(entry, request, &end, report.as_ref(), longer);
     let Content::Memory(stderr_tail) = err.content else { unreachable!("a tail is kept in memory") };
-    Ok(End { outcome, usage: *usage, output: out.content, stderr_tail, tenant_io: end.tenant_io })
+    Ok(End { outcome, usage: *usage, output: out.content.into(), stderr_tail, tenant_io: end.tenant_io })
 }
 
 /// The end of a job whose memory limit did not even let its sandbox come to its start.
@@ -387,6 +391,8 @@ fn spec(request: &JobRequest) -> SandboxSpec {
         ceiling: request.tenant.ceiling(),
         kind: kind(request.plugin.runtime),
         program: request.plugin.name.clone(),
+        artifact: ArtifactId(*request.plugin.revision.bytes()),
+        fresh_network: request.tenant.wants_fresh_networks(),
         limits: request.limits.for_sandbox(),
     }
 }

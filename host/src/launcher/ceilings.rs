@@ -47,8 +47,13 @@ impl Launcher {
     }
 
     /// Says that a tenant is deleted.
-    pub fn forget_ceiling(&self, tenant: Name) {
-        self.send(ToLauncher::ForgetCeiling(tenant), Vec::new());
+    pub fn forget_tenant(&self, tenant: Name) {
+        self.send(ToLauncher::ForgetTenant(tenant), Vec::new());
+    }
+
+    /// Says that a plugin is deleted.
+    pub fn forget_program(&self, tenant: Name, program: Name) {
+        self.send(ToLauncher::ForgetProgram { tenant, program }, Vec::new());
     }
 }
 

@@ -25,7 +25,7 @@ pub use self::ceilings::SetCeilingError;
 use self::orders::Asked;
 pub use self::orders::{Controls, OrderFailure, Then};
 use self::packets::AsyncPackets;
-pub use self::parking::{Parking, ParkingRules, Recipe};
+pub use self::parking::{Parking, ParkingRules};
 pub use self::sandbox::{Killer, Sandbox, SandboxError};
 pub use self::streams::{Collected, Collector, Content, Flow, Stdio, StreamError};
 

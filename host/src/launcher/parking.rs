@@ -47,15 +47,6 @@ pub struct ParkingRules {
     pub idle: Duration,
 }
 
-/// What a sandbox is made of. One that is parked serves only jobs that would have had exactly the same made for them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Recipe {
-    /// The sandbox.
-    pub spec: SandboxSpec,
-    /// The digest of what runs in it.
-    pub artifact: [u8; 32],
-}
-
 /// All parked sandboxes. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Parking(Arc<Inner>);
@@ -82,9 +73,10 @@ struct Lots {
 /// One plugin's.
 #[derive(Debug)]
 struct Lot {
-    recipe: Recipe,
+    /// What they are made of. One that is parked serves only jobs that would have had exactly the same made for them.
+    recipe: SandboxSpec,
     /// Another recipe that has been asked for since the last use of this one: the second time it takes its place.
-    next: Option<Recipe>,
+    next: Option<SandboxSpec>,
     /// What to make more of, once the recipe has been asked for twice.
     artifact: Option<Arc<File>>,
     parked: Vec<(Sandbox, Isolation)>,
@@ -115,7 +107,7 @@ impl Rate {
 }
 
 impl Lot {
-    fn new(recipe: Recipe, now: Instant) -> Self {
+    fn new(recipe: SandboxSpec, now: Instant) -> Self {
         let mut rate = Rate::new(now);
         rate.count(now);
         Self { recipe, next: None, artifact: None, parked: Vec::new(), refilling: false, rate, not_before: now }
@@ -125,7 +117,7 @@ impl Lot {
     fn wanted(&self, rules: &ParkingRules, now: Instant) -> usize {
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a small number that is not negative
         let expected = 1 + (self.rate.at(now) * LEAD.as_secs_f64()) as usize;
-        expected.min(rules.per_plugin).min(room(&self.recipe.spec))
+        expected.min(rules.per_plugin).min(room(&self.recipe))
     }
 }
 
@@ -146,7 +138,7 @@ impl Parking {
 
     /// Takes a sandbox that waits for a job of this recipe, with what the kernel says of its layers. Counts the demand in
     /// any case; `artifact` is what more of them are made with.
-    pub fn take(&self, recipe: &Recipe, artifact: &File) -> Option<(Sandbox, Isolation)> {
+    pub fn take(&self, recipe: &SandboxSpec, artifact: &File) -> Option<(Sandbox, Isolation)> {
         if self.0.rules.per_plugin == 0 {
             return None;
         }
@@ -206,6 +198,11 @@ impl Parking {
         *lots = Lots { closed: true, ..Lots::default() };
     }
 
+    /// Gives up what sandboxes of a deleted plugin are cloned from.
+    pub fn forget(&self, tenant: Name, plugin: Name) {
+        self.0.launcher.forget_program(tenant, plugin);
+    }
+
     /// Gives up what is parked for a tenant, or for one of its plugins: nothing of them is to run any more.
     pub fn clear(&self, tenant: &Name, plugin: Option<&Name>) {
         let mut lots = self.0.lots();
@@ -225,7 +222,7 @@ impl Inner {
     }
 
     /// What to make one more of, which counts as parked from now on. `None` ends the refilling.
-    fn next_to_make(&self, key: &(Name, Name)) -> Option<(Recipe, Arc<File>)> {
+    fn next_to_make(&self, key: &(Name, Name)) -> Option<(SandboxSpec, Arc<File>)> {
         let now = Instant::now();
         let mut lots = self.lots();
         let full = lots.parked >= self.rules.in_all || self.waiting.load(Ordering::Relaxed) > 0;
@@ -241,14 +238,14 @@ impl Inner {
     }
 
     /// Makes one.
-    async fn make(&self, recipe: &Recipe, artifact: &File) -> Result<(Sandbox, Isolation), SandboxError> {
-        let mut sandbox = self.launcher.launch(recipe.spec.clone(), artifact.try_clone()?)?;
+    async fn make(&self, recipe: &SandboxSpec, artifact: &File) -> Result<(Sandbox, Isolation), SandboxError> {
+        let mut sandbox = self.launcher.launch(recipe.clone(), artifact.try_clone()?)?;
         let isolation = sandbox.ready().await?;
         Ok((sandbox, isolation))
     }
 
     /// Parks what was made, if it is still wanted.
-    fn park(&self, key: &(Name, Name), recipe: &Recipe, made: Result<(Sandbox, Isolation), SandboxError>) {
+    fn park(&self, key: &(Name, Name), recipe: &SandboxSpec, made: Result<(Sandbox, Isolation), SandboxError>) {
         let mut lots = self.lots();
         match (lots.lots.get_mut(key), made) {
             (Some(lot), Ok(made)) if lot.recipe == *recipe => return lot.parked.push(made),
@@ -289,8 +286,8 @@ async fn clear_when_idle(inner: Arc<Inner>, key: (Name, Name)) {
     }
 }
 
-fn key(recipe: &Recipe) -> (Name, Name) {
-    (recipe.spec.tenant.clone(), recipe.spec.program.clone())
+fn key(recipe: &SandboxSpec) -> (Name, Name) {
+    (recipe.tenant.clone(), recipe.program.clone())
 }
 
 /// A job that waits for a sandbox of its own, until this is dropped.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use crate::limit::{Given, LimitError, Maximums, Runtime};
+use crate::limit::{Given, Limit, LimitError, Maximums, Runtime};
 
 /// How a plugin is called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -85,6 +85,12 @@ impl PluginSettings {
             return Err(PluginSettingsError::NotAvailable("interface=http"));
         }
         Ok(())
+    }
+
+    /// Whether a section of the settings has a member of this name.
+    #[must_use]
+    pub fn knows(section: &str, name: &str) -> bool {
+        section != "limits" || Limit::from_key(name).is_some()
     }
 
     /// How an artifact with these exports is called.

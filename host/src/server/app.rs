@@ -12,13 +12,14 @@ use holm_sandbox::name::Name;
 use serde::de::DeserializeOwned;
 
 use super::connection::ConnectionRules;
+use super::crowd::{Crowd, MOST_UPLOADS, Member, Slot, most_requests};
 use super::problem::{Code, Problem};
 use crate::admission::Admission;
 use crate::job::Jobs;
 use crate::launcher::Launcher;
 use crate::limit::Given;
 use crate::store::Store;
-use crate::tenant::{AuthError, Caller, KeyHash, OperatorKey, Tenant};
+use crate::tenant::{AuthError, Caller, KeyHash, OperatorKey, QuotaKey, Tenant, TenantRow};
 use crate::upload::Compiler;
 
 /// Words of all `Authorization` headers of a request to a public plugin: more than any scheme has. Each costs a hash.
@@ -49,6 +50,10 @@ pub struct AppParts {
     pub job_maximums: Given,
     /// Time-outs and caps.
     pub connections: ConnectionRules,
+    /// Tenants' requests that are under way.
+    pub requests: Crowd,
+    /// Tenants' uploads that are under way.
+    pub uploads: Crowd,
     /// Held for each change of a tenant's settings: kernel and store must come to agree on the same ones.
     pub tenant_changes: tokio::sync::Mutex<()>,
     /// Set when the server is about to stop.
@@ -86,6 +91,22 @@ impl App {
             self.admission.count_request(&tenant)?;
         }
         Ok(tenant)
+    }
+
+    /// A place among the tenant's requests.
+    fn join_requests(&self, tenant: &TenantRow) -> Result<Member, Problem> {
+        let quota = tenant.settings.quota();
+        let jobs = quota.count(QuotaKey::JobsRunning).saturating_add(quota.count(QuotaKey::JobsQueued));
+        let most = most_requests(self.connections.most, jobs);
+        self.requests.join(&tenant.name, most).ok_or_else(|| too_many("requests", most))
+    }
+
+    /// A place among the tenant's uploads.
+    ///
+    /// # Errors
+    /// 429.
+    pub(super) fn join_uploads(&self, tenant: &Tenant) -> Result<Member, Problem> {
+        self.uploads.join(tenant.name(), MOST_UPLOADS).ok_or_else(|| too_many("uploads", MOST_UPLOADS))
     }
 
     /// The tenant of a plugin that may be called by anyone.
@@ -133,6 +154,11 @@ impl App {
     }
 }
 
+fn too_many(what: &str, most: usize) -> Problem {
+    let detail = format!("the tenant has {most} {what} under way, and may have no more at once");
+    Problem::new(Code::QuotaExceeded, detail).with("quota", format!("{what}_at_once")).retry_after(1)
+}
+
 /// A name that cannot be used.
 pub(super) fn invalid_name(error: &holm_sandbox::name::NameError) -> Problem {
     Problem::new(Code::InvalidName, error.to_string())
@@ -148,6 +174,10 @@ impl FromRequestParts<App> for Caller {
             return Ok(Self::Operator);
         }
         let key = app.store.key(&hash).ok_or(AuthError::Unauthenticated)?;
+        let row = app.store.tenant(&key.tenant).ok_or(AuthError::Unauthenticated)?;
+        if let Some(slot) = parts.extensions.get::<Slot>() {
+            slot.keep(app.join_requests(&row)?);
+        }
         Ok(Self::Tenant(key.tenant))
     }
 }

@@ -5,7 +5,7 @@ use serde::Serialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::problem::Problem;
+use super::problem::{Code, Problem};
 
 /// The strong validator of a resource.
 pub(super) fn etag(content: &impl Serialize) -> String {
@@ -61,6 +61,27 @@ impl Tags {
             tags.extend(text.split(',').map(|tag| tag.trim().to_owned()));
         }
         Ok((!tags.is_empty()).then_some(Self::Listed(tags)))
+    }
+}
+
+/// How often a patch is laid over what somebody else has changed in the same moment.
+const PATCH_TRIES: usize = 10;
+
+/// Whether a patch that came to nothing is to be tried again on what is there now.
+#[derive(Debug)]
+pub(super) struct Tries(usize);
+
+impl Tries {
+    /// A request that is for one state alone is tried once.
+    pub(super) fn of(conditions: &Conditions) -> Self {
+        let unconditional = conditions.if_match.is_none() && conditions.if_none_match.is_none();
+        Self(if unconditional { PATCH_TRIES } else { 1 })
+    }
+
+    /// Counts a try with this result.
+    pub(super) fn go_on<T>(&mut self, result: &Result<T, Problem>) -> bool {
+        self.0 -= 1;
+        self.0 > 0 && result.as_ref().is_err_and(|problem| problem.is(Code::PreconditionFailed))
     }
 }
 

@@ -15,6 +15,7 @@ use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
+use super::crowd::Slot;
 use super::pace::{Pace, PaceRule};
 
 /// Time-outs and caps of connections.
@@ -373,13 +374,15 @@ impl HttpBody for FirstBody {
 pub(super) struct LastBody {
     body: Body,
     connection: Arc<Connection>,
+    /// The request's place among those of its tenant.
+    _slot: Slot,
     /// Whether nothing but the end of the connection tells the client where it ends.
     until_close: bool,
 }
 
 impl LastBody {
-    pub(super) fn new(body: Body, connection: Arc<Connection>, until_close: bool) -> Self {
-        Self { body, connection, until_close }
+    pub(super) fn new(body: Body, connection: Arc<Connection>, slot: Slot, until_close: bool) -> Self {
+        Self { body, connection, _slot: slot, until_close }
     }
 }
 

@@ -4,6 +4,7 @@ mod app;
 mod body;
 mod conditions;
 mod connection;
+mod crowd;
 mod exchange;
 mod form;
 mod json;
@@ -31,6 +32,8 @@ use utoipa::ToSchema;
 pub use self::app::{App, AppParts};
 pub use self::connection::ConnectionRules;
 use self::connection::{Connections, FirstBody, LastBody, Seat, WatchedStream};
+pub use self::crowd::Crowd;
+use self::crowd::Slot;
 pub use self::pace::PaceRule;
 pub use self::problem::{Code, Problem};
 pub use self::routes::openapi;
@@ -113,13 +116,15 @@ async fn converse(stream: TcpStream, seat: Seat, router: Router, rules: Connecti
         async move {
             // what is older knows no chunks
             let chunks = request.version() >= Version::HTTP_11;
-            let request = request.map(|body| Body::new(FirstBody::new(body, connection.clone())));
+            let mut request = request.map(|body| Body::new(FirstBody::new(body, connection.clone())));
+            let slot = Slot::default();
+            request.extensions_mut().insert(slot.clone());
             let mut response = router.oneshot(request).await?;
             if connection.is_unread() {
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             let until_close = !chunks && !response.headers().contains_key(header::CONTENT_LENGTH);
-            Ok::<_, Infallible>(response.map(|body| LastBody::new(body, connection, until_close)))
+            Ok::<_, Infallible>(response.map(|body| LastBody::new(body, connection, slot, until_close)))
         }
     });
     let mut served = std::pin::pin!(

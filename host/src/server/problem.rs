@@ -105,6 +105,12 @@ impl Problem {
         Self { code, status: code.status(), detail: detail.into(), members: Vec::new(), headers: Vec::new() }
     }
 
+    /// Whether it has this code.
+    #[must_use]
+    pub fn is(&self, code: Code) -> bool {
+        self.code == code
+    }
+
     /// Adds an extension member.
     #[must_use]
     pub fn with(mut self, name: &str, value: impl Into<Value>) -> Self {
@@ -276,6 +282,7 @@ impl From<AdmissionError> for Problem {
         match error {
             AdmissionError::TenantQueueFull(_) => quota("jobs_queued"),
             AdmissionError::TenantBusy(_) => quota("jobs_running"),
+            AdmissionError::TenantPids(_) => quota("pids"),
             AdmissionError::TooManyRequests(_) => quota("requests_per_second"),
             AdmissionError::ServerFull | AdmissionError::ServerBusy => {
                 Self::new(Code::ServerFull, detail).retry_after(1)

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use holm_sandbox::name::Name;
@@ -50,6 +50,16 @@ impl TempFile {
     #[must_use]
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Lets everybody read it, and nobody write to it, who can open it at all: in the data directory, the server alone, and
+    /// a zygote what it has been handed.
+    ///
+    /// # Errors
+    /// Those of changing a mode.
+    pub fn finish(&self) -> Result<(), ArtifactError> {
+        let mode = fs::Permissions::from_mode(0o444);
+        self.file.set_permissions(mode).map_err(at("change the mode of", &self.path))
     }
 
     /// Opens it once more for reading, at the start.

@@ -1,5 +1,7 @@
 //! The SQL. Every change is one transaction.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use holm_sandbox::name::Name;
@@ -8,6 +10,7 @@ use rusqlite::{Connection, Row, params};
 use uuid::Uuid;
 
 use super::StoreError;
+use super::data_dir::private_file;
 use super::memory::Memory;
 use super::usage::{self, Span, Totals};
 use crate::limit::Runtime;
@@ -67,6 +70,9 @@ pub(super) struct Db(Connection);
 
 impl Db {
     pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
+        // the plugins' environments are in it; what SQLite makes beside it has the same mode
+        let made = private_file(path).and_then(|file| file.set_permissions(Permissions::from_mode(0o600)));
+        made.map_err(|source| StoreError::File { path: path.to_owned(), source })?;
         let mut connection = Connection::open(path)?;
         connection.pragma_update(None, "journal_mode", "WAL")?;
         // a change that was answered survives the machine's crash

@@ -10,7 +10,7 @@ mod memory;
 mod usage;
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use holm_sandbox::name::Name;
@@ -43,6 +43,15 @@ pub enum StoreError {
     /// The database failed.
     #[error("database: {0}")]
     Db(#[from] rusqlite::Error),
+    /// Its file could not be made.
+    #[error("make `{path}`")]
+    File {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// What the database holds is not what this version wrote.
     #[error("the database holds what this version does not understand: {0}")]
     Content(String),

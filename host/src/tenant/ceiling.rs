@@ -84,6 +84,12 @@ impl CeilingSettings {
         })
     }
 
+    /// Whether there is a setting of this name.
+    pub(super) fn knows(name: &str) -> bool {
+        let names = NUMBERS.iter().map(|row| row.0).chain(OTHERS.iter().map(|row| row.0)).chain(NOT_AVAILABLE);
+        names.into_iter().any(|known| known == name)
+    }
+
     pub(super) fn from_stored(json: &Map<String, Value>) -> Self {
         Self(json.clone())
     }

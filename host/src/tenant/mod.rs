@@ -78,6 +78,12 @@ impl Tenant {
         self.0.settings.priority()
     }
 
+    /// Whether each of its jobs must have a network namespace that no other had before.
+    #[must_use]
+    pub fn wants_fresh_networks(&self) -> bool {
+        self.0.settings.fresh_netns()
+    }
+
     /// The ceiling over all of its jobs.
     #[must_use]
     pub fn ceiling(&self) -> holm_sandbox::limits::Ceiling {

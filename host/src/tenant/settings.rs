@@ -5,8 +5,8 @@ use serde_json::{Map, Number, Value};
 use utoipa::ToSchema;
 
 use super::ceiling::CeilingSettings;
-use super::quota::Quota;
-use crate::limit::{Given, LimitError, Maximums};
+use super::quota::{Quota, QuotaKey};
+use crate::limit::{Given, Limit, LimitError, Maximums};
 
 /// The greatest priority, and the one of tenants for whom none is set: there is room above and below.
 const MOST_PRIORITY: u32 = 1000;
@@ -32,7 +32,7 @@ pub struct TenantSettings {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<u32>, maximum = 1000)]
     priority: Option<Number>,
-    /// Never recycle a network namespace. This version never does, so both values hold.
+    /// Never give a job a network namespace that another job has had before.
     #[serde(skip_serializing_if = "Option::is_none")]
     fresh_netns: Option<bool>,
 }
@@ -119,6 +119,17 @@ impl TenantSettings {
         self.priority.is_some()
     }
 
+    /// Whether a section of the settings has a member of this name.
+    #[must_use]
+    pub fn knows(section: &str, name: &str) -> bool {
+        match section {
+            "limits" => CeilingSettings::knows(name),
+            "quota" => QuotaKey::ALL.iter().any(|key| key.word() == name),
+            "job_defaults" | "job_maximums" => Limit::from_key(name).is_some(),
+            _ => true,
+        }
+    }
+
     /// The quotas, with defaults for what is not set.
     #[must_use]
     pub fn quota(&self) -> Quota {
@@ -141,6 +152,12 @@ impl TenantSettings {
     #[must_use]
     pub fn job_maximums(&self) -> Given {
         Given::from_stored(&self.job_maximums)
+    }
+
+    /// Whether each job must have a network namespace that no other had before.
+    #[must_use]
+    pub fn fresh_netns(&self) -> bool {
+        self.fresh_netns.unwrap_or(false)
     }
 
     /// The ceiling over all jobs.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use holm_runtime::invocation::{Exports, Invocation, Report};
 use holm_sandbox::limits::Limits;
 use holm_sandbox::name::Name;
-use holm_sandbox::spec::{Kind, SandboxSpec};
+use holm_sandbox::spec::{ArtifactId, Kind, SandboxSpec};
 use holm_sandbox::usage::{KillCause, SandboxReport};
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
@@ -65,7 +65,7 @@ pub struct Compiler {
 
 /// Compilations of one tenant: one at a time, so that a tenant who uploads what takes for ever to compile keeps only
 /// itself waiting.
-const ALLOWANCE: Allowance = Allowance { running: 1, waiting: 16 };
+const ALLOWANCE: Allowance = Allowance { running: 1, waiting: 16, pids: 0 };
 
 /// Compilations at once for each CPU. More than one, as not every one that runs is of somebody who is in a hurry.
 const RUNNING_PER_CPU: usize = 2;
@@ -115,7 +115,11 @@ impl Compiler {
         let _permit = self.admission.admit_within(tenant, ALLOWANCE, 0).await.map_err(CompileError::Busy)?;
         let out = TempFile::make(dir).map_err(|error| CompileError::Host(error.into()))?;
         tokio::select! {
-            made = self.run(tenant, source, &out) => made.map(|exports| (out, exports)),
+            made = self.run(tenant, source, &out) => {
+                let exports = made?;
+                out.finish().map_err(|error| CompileError::Host(error.into()))?;
+                Ok((out, exports))
+            }
             () = self.stop.cancelled() => Err(CompileError::Busy(AdmissionError::Draining)),
         }
     }
@@ -123,6 +127,11 @@ impl Compiler {
     /// Lets no compilation of a tenant begin, or lets them again.
     pub fn pause(&self, tenant: &Name, paused: bool) {
         self.admission.pause(tenant, paused);
+    }
+
+    /// Forgets a deleted tenant.
+    pub fn forget(&self, tenant: &Name) {
+        self.admission.forget(tenant);
     }
 
     /// Ends every compilation because the server stops.
@@ -163,7 +172,16 @@ impl Compiler {
             stack_bytes: 8 << 20,
         };
         let program = COMPILER.parse().unwrap_or_else(|_| unreachable!("`{COMPILER}` is a name"));
-        SandboxSpec { tenant: tenant.name().clone(), ceiling: tenant.ceiling(), kind: Kind::Compile, program, limits }
+        SandboxSpec {
+            tenant: tenant.name().clone(),
+            ceiling: tenant.ceiling(),
+            kind: Kind::Compile,
+            program,
+            // each has a sandbox to itself
+            artifact: ArtifactId([0; 32]),
+            fresh_network: true,
+            limits,
+        }
     }
 
     fn verdict(&self, end: SandboxReport, report: Option<Report>, written: u64) -> Result<Exports, CompileError> {

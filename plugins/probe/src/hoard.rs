@@ -257,7 +257,13 @@ pub(crate) fn hide(time: Duration) -> Result<()> {
     for way in 0..6 {
         let child = match way {
             0 => wrapped::clone_sibling()? == 0,
-            _ => matches!(sys::fork()?, Forked::Child),
+            _ => loop {
+                match sys::fork() {
+                    Ok(forked) => break matches!(forked, Forked::Child),
+                    // for a moment there can be too many that have ended and have not been reaped
+                    Err(_) => std::thread::yield_now(),
+                }
+            },
         };
         hidden += 1;
         if !child {

@@ -55,7 +55,7 @@ fn obey(message: &ToLauncher) {
     match message {
         ToLauncher::Configure(config) => name(config.instance.as_str()),
         ToLauncher::Kill(_) => {}
-        ToLauncher::ForgetCeiling(tenant) | ToLauncher::FreezeTenant { tenant, .. } => name(tenant.as_str()),
+        ToLauncher::ForgetTenant(tenant) | ToLauncher::FreezeTenant { tenant, .. } => name(tenant.as_str()),
         ToLauncher::Order { order, .. } => match order {
             Order::Limit(limits) if limits.check().is_ok() => {
                 assert!(Limits::MEMORY_BYTES.contains(&limits.memory_bytes) && Limits::PIDS.contains(&limits.pids));
@@ -63,6 +63,10 @@ fn obey(message: &ToLauncher) {
             }
             Order::Freeze | Order::Thaw | Order::Limit(_) | Order::Measure | Order::List => {}
         },
+        ToLauncher::ForgetProgram { tenant, program } => {
+            name(tenant.as_str());
+            name(program.as_str());
+        }
         ToLauncher::SetCeiling { tenant, ceiling, .. } => {
             name(tenant.as_str());
             let _ = ceiling.check();

@@ -3,15 +3,18 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
+use std::panic::catch_unwind;
 
+use wasmparser::Validator;
 use wasmtime::component::types::{ComponentFunc, ComponentItem};
 use wasmtime::component::{Component, Type};
 use wasmtime::{Engine, Module, Result, bail};
 use wasmtime_wasi::p2::bindings::CommandPre;
 use wasmtime_wasi_http::p2::bindings::ProxyPre;
 
-use super::engine::engine;
+use super::engine::{PROMISED, engine};
 use super::guest::{link_component, link_module};
+use super::run::words_of;
 use crate::artifact::is_component;
 use crate::invocation::{Exports, Report, short};
 
@@ -28,9 +31,11 @@ pub fn compile(mut source: File) -> Report {
     if let Err(error) = source.read_to_end(&mut bytes) {
         return Report::NotRunnable(format!("read the artifact: {error}"));
     }
-    let (artifact, exports) = match build(&bytes) {
-        Ok(built) => built,
-        Err(error) => return Report::Invalid(short(format!("{error:#}"))),
+    let (artifact, exports) = match catch_unwind(|| build(&bytes)) {
+        Ok(Ok(built)) => built,
+        Ok(Err(error)) => return Report::Invalid(short(format!("{error:#}"))),
+        // nobody else shares this process
+        Err(panic) => return Report::Invalid(short(format!("the compiler failed on it: {}", words_of(&*panic)))),
     };
     let out = io::stdout().as_fd().try_clone_to_owned().map(File::from);
     match out.and_then(|mut out| out.write_all(&artifact)) {
@@ -42,6 +47,7 @@ pub fn compile(mut source: File) -> Report {
 pub(super) fn build(bytes: &[u8]) -> Result<(Vec<u8>, Exports)> {
     let engine = engine(STACK_BYTES)?;
     let binary = wat::parse_bytes(bytes)?;
+    Validator::new_with_features(PROMISED).validate_all(&binary)?;
     if is_component(&binary) { build_component(&engine, &binary) } else { build_module(&engine, &binary) }
 }
 

@@ -12,6 +12,14 @@ const HOST_STACK_BYTES: usize = 1024 * 1024;
 /// Guest frames in a trap's backtrace.
 const MAX_FRAMES: NonZeroUsize = NonZeroUsize::new(32).unwrap();
 
+/// What guests may be made of: WebAssembly 2.0 (SIMD included), its reference types without garbage collection, extended
+/// constant expressions, and components. No later proposal.
+pub(super) const PROMISED: WasmFeatures = WasmFeatures::WASM2
+    .union(WasmFeatures::EXTENDED_CONST)
+    .union(WasmFeatures::BULK_MEMORY_OPT)
+    .union(WasmFeatures::CALL_INDIRECT_OVERLONG)
+    .union(WasmFeatures::COMPONENT_MODEL);
+
 /// The engine could not be made.
 #[derive(Debug, thiserror::Error)]
 #[error("make the WebAssembly engine")]
@@ -19,9 +27,8 @@ pub struct EngineError(#[source] wasmtime::Error);
 
 /// An engine whose guests have `stack_bytes` of stack.
 ///
-/// Promised are WebAssembly 2.0 (SIMD included), its reference types without garbage collection, and extended
-/// constant expressions. Every later proposal is off, whatever the library's defaults become. The stack's size is no
-/// part of compiled code: artifacts fit every engine made here.
+/// What is not [`PROMISED`] is off, whatever the library's defaults become. The stack's size is no part of compiled code:
+/// artifacts fit every engine made here.
 pub(super) fn engine(stack_bytes: usize) -> Result<Engine, EngineError> {
     let mut config = Config::new();
     config
@@ -35,7 +42,9 @@ pub(super) fn engine(stack_bytes: usize) -> Result<Engine, EngineError> {
         .wasm_custom_page_sizes(false)
         .wasm_wide_arithmetic(false)
         .wasm_relaxed_simd(false)
-        .wasm_multi_memory(false)
+        // for itself: where one part of a component calls another, it makes a module that sees the memories of both.
+        // In a guest's own modules there is none, as they are looked at before
+        .wasm_multi_memory(true)
         .wasm_memory64(false)
         .wasm_gc(false)
         .wasm_stack_switching(false)

@@ -2,7 +2,9 @@
 
 use std::any::Any;
 use std::fs::File;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 
 use tokio::runtime::{Builder, Runtime};
 use wasmtime::{Engine, InstancePre, Result, Store, Trap, WasmBacktrace, bail};
@@ -16,11 +18,12 @@ use super::http::{self, NoResponse};
 use super::load::{Mapped, map_artifact};
 use crate::invocation::{Interface, Invocation, Report, WasmEnd, short};
 
-/// An artifact that is mapped, linked and waits for its job.
+/// An artifact that is mapped, linked and waits for its job. Until [`Loaded::settle`] it holds no descriptor but the
+/// artifact's: processes cloned from this one share no state of the kernel's with each other.
 pub struct Loaded {
     engine: Engine,
     guest: Guest,
-    runtime: Runtime,
+    runtime: Option<Runtime>,
 }
 
 impl std::fmt::Debug for Loaded {
@@ -35,37 +38,61 @@ enum Guest {
     Component { command: Option<CommandPre<State>>, http: Option<ProxyPre<State>> },
 }
 
-/// Maps and links a compiled artifact. No instruction of it runs.
+/// Maps and links a compiled artifact. No instruction of it runs. `proc` is a `/proc`, through which a component's file is
+/// opened once more: its mode must let this process read it.
 ///
 /// # Errors
 /// The artifact is of another engine, damaged, or does not link. None of them can come from a tenant's doing.
-pub fn load(artifact: File, stack_bytes: usize) -> Result<Loaded> {
+pub fn load(artifact: File, stack_bytes: usize, proc: &Path) -> Result<Loaded> {
     let engine = engine(stack_bytes)?;
-    // one thread: a job may have a pids limit of 1, and file calls block this thread because nothing else waits
-    let mut runtime = Builder::new_current_thread();
-    runtime.enable_time();
-    let guest = match map_artifact(&engine, artifact)? {
+    let guest = match map_artifact(&engine, artifact, proc)? {
         Mapped::Module(module) => Guest::Module(link_module(&module)?),
         Mapped::Component(component) => {
-            // needs a memory file, which no sandbox can make once it waits for its job
             component.initialize_copy_on_write_image()?;
             let linked = link_component(&component)?;
             let http = ProxyPre::new(linked.clone()).ok();
-            if http.is_some() {
-                runtime.enable_io();
-            }
             Guest::Component { command: CommandPre::new(linked).ok(), http }
         }
     };
-    Ok(Loaded { engine, guest, runtime: runtime.build()? })
+    let mut loaded = Loaded { engine, guest, runtime: None };
+    if !loaded.waits_for_descriptors() {
+        loaded.runtime = Some(event_loop(false)?);
+    }
+    Ok(loaded)
+}
+
+/// One thread: a job may have a pids limit of 1, and file calls block this thread because nothing else waits.
+fn event_loop(descriptors: bool) -> io::Result<Runtime> {
+    let mut runtime = Builder::new_current_thread();
+    runtime.enable_time();
+    if descriptors {
+        runtime.enable_io();
+    }
+    runtime.build()
 }
 
 impl Loaded {
+    /// Makes what this process alone may have: an event loop that waits for descriptors, where there is one.
+    ///
+    /// # Errors
+    /// Those of `epoll_create(2)` and `eventfd(2)`.
+    pub fn settle(&mut self) -> io::Result<()> {
+        if self.waits_for_descriptors() {
+            self.runtime = Some(event_loop(true)?);
+        }
+        Ok(())
+    }
+
+    fn waits_for_descriptors(&self) -> bool {
+        matches!(self.guest, Guest::Component { http: Some(_), .. })
+    }
+
     /// Runs the guest to its end with at most `memory_bytes` of linear memory. `started` is called right before the
     /// first instruction of the guest, be it of a start function.
     #[must_use]
     pub fn run(self, invocation: &Invocation, memory_bytes: usize, started: impl FnOnce()) -> Report {
         let Self { engine, guest, runtime } = self;
+        let Some(runtime) = runtime else { return Report::NotRunnable("it has not been settled".into()) };
         let store = match store(&engine, invocation, memory_bytes) {
             Ok(store) => store,
             Err(error) => return Report::NotRunnable(short(format!("{error:#}"))),
@@ -149,8 +176,13 @@ fn end_of(result: Result<()>) -> WasmEnd {
 
 /// The engine or a WASI call panicked on what the guest did. The guest is lost; nobody else shares this process.
 fn internal(panic: &(dyn Any + Send)) -> WasmEnd {
-    let message = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-    WasmEnd::Trapped { code: "internal".into(), backtrace: short(message.unwrap_or("panic").to_owned()) }
+    WasmEnd::Trapped { code: "internal".into(), backtrace: short(words_of(panic).to_owned()) }
+}
+
+/// What a panic says.
+pub(super) fn words_of(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("panic")
 }
 
 /// `UnreachableCodeReached` to `unreachable_code_reached`.
@@ -188,7 +220,7 @@ mod tests {
             assert!(exports.command && !exports.http);
             let mut file = tempfile::tempfile().unwrap();
             std::io::Write::write_all(&mut file, &artifact).unwrap();
-            load(file, 1 << 20).unwrap();
+            load(file, 1 << 20, Path::new("/proc")).unwrap();
         }
     }
 }

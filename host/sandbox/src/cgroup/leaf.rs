@@ -25,11 +25,43 @@ pub(crate) struct Leaf {
     /// Below the server's own cgroup.
     path: String,
     pub(super) level: Level,
+    /// Of a process of the host's own.
+    own: bool,
+    /// The limits that are written, as long as nothing has been attached.
+    limited: Option<Shares>,
+    /// What [`Leaf::die_whole`] has given ahead.
+    oom: Option<Option<OwnedFd>>,
+}
+
+/// What is written into a leaf.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Shares {
+    memory_bytes: u64,
+    millicores: u32,
+    weight: u32,
+    pids: u32,
+}
+
+impl Shares {
+    /// The CPU limit is the tenant's if that is less: more would mean nothing on v2, and v1 refuses it.
+    fn of(spec: &SandboxSpec) -> Self {
+        let limits = &spec.limits;
+        Self {
+            memory_bytes: limits.memory_bytes,
+            millicores: limits.cpu_millicores.min(spec.ceiling.cpu_millicores.unwrap_or(u32::MAX)),
+            weight: limits.cpu_weight,
+            pids: limits.pids + spec.kind.own_pids(),
+        }
+    }
 }
 
 impl Leaf {
-    pub(super) fn new(plan: Rc<Plan>, parent: Rc<Level>, tenant: Name, path: String, level: Level) -> Self {
-        Self { plan, parent, tenant, path, level }
+    pub(super) fn new(plan: Rc<Plan>, parent: Rc<Level>, tenant: Name, path: String, level: Level, own: bool) -> Self {
+        Self { plan, parent, tenant, path, level, own, limited: None, oom: None }
+    }
+
+    pub(super) fn is_own(&self) -> bool {
+        self.own
     }
 
     pub(crate) fn tenant(&self) -> &Name {
@@ -46,11 +78,23 @@ impl Leaf {
     }
 
     /// Writes the limits. Nothing may be attached before.
-    pub(crate) fn limit(&self, spec: &SandboxSpec) -> nix::Result<()> {
-        self.control(Role::Memory).limit_memory(spec.limits.memory_bytes)?;
-        self.limit_cpu(spec)?;
-        self.weigh_cpu(spec)?;
-        self.limit_pids(spec)
+    pub(crate) fn limit(&mut self, spec: &SandboxSpec) -> nix::Result<()> {
+        let (new, now) = (Shares::of(spec), self.limited.take());
+        let changes = |value: fn(&Shares) -> u64| now.is_none_or(|now| value(&now) != value(&new));
+        if changes(|shares| shares.memory_bytes) {
+            self.control(Role::Memory).limit_memory(new.memory_bytes)?;
+        }
+        if changes(|shares| shares.millicores.into()) {
+            self.control(Role::Cpu).limit_cpu(new.millicores)?;
+        }
+        if changes(|shares| shares.weight.into()) {
+            self.control(Role::Cpu).weigh_cpu(new.weight)?;
+        }
+        if changes(|shares| shares.pids.into()) {
+            self.control(Role::Pids).limit_pids(new.pids)?;
+        }
+        self.limited = Some(new);
+        Ok(())
     }
 
     /// Changes the limits of what runs already, as far as they differ. An error names the limit and puts back those that
@@ -91,23 +135,37 @@ impl Leaf {
     }
 
     fn weigh_cpu(&self, spec: &SandboxSpec) -> nix::Result<()> {
-        self.control(Role::Cpu).weigh_cpu(spec.limits.cpu_weight)
+        self.control(Role::Cpu).weigh_cpu(Shares::of(spec).weight)
     }
 
     fn limit_pids(&self, spec: &SandboxSpec) -> nix::Result<()> {
-        self.control(Role::Pids).limit_pids(spec.limits.pids + spec.kind.own_pids())
+        self.control(Role::Pids).limit_pids(Shares::of(spec).pids)
     }
 
-    /// Writes the CPU limit, or the tenant's if that is less: more would mean nothing on v2, and v1 refuses it.
+    /// Somebody else may have written limits.
+    pub(super) fn distrust(&mut self) {
+        self.limited = None;
+    }
+
+    /// Writes the CPU limit alone.
     pub(crate) fn limit_cpu(&self, spec: &SandboxSpec) -> nix::Result<()> {
-        let ceiling = spec.ceiling.cpu_millicores.unwrap_or(u32::MAX);
-        self.control(Role::Cpu).limit_cpu(spec.limits.cpu_millicores.min(ceiling))
+        self.control(Role::Cpu).limit_cpu(Shares::of(spec).millicores)
     }
 
     /// Sees to it that an OOM kill takes the whole job: on v2 the kernel does, on v1 the descriptor given becomes
     /// readable when the job has to be looked at.
-    pub(crate) fn die_whole(&self) -> nix::Result<Option<OwnedFd>> {
-        self.control(Role::Memory).die_whole()
+    pub(crate) fn die_whole(&mut self) -> nix::Result<Option<OwnedFd>> {
+        match self.oom.take() {
+            Some(ahead) => Ok(ahead),
+            None => self.control(Role::Memory).die_whole(),
+        }
+    }
+
+    /// Does all of that for a sandbox which may come.
+    pub(super) fn make_ready(&mut self, spec: &SandboxSpec) -> nix::Result<()> {
+        self.limit(spec)?;
+        self.oom = Some(self.control(Role::Memory).die_whole()?);
+        Ok(())
     }
 
     /// The directory in which the process should be born, where there is a v2 hierarchy.
@@ -122,6 +180,11 @@ impl Leaf {
         let own = self.level.dirs().filter(|(index, _)| Some(*index) != born);
         let of_tenant = self.parent.dirs().filter(|(index, _)| *index >= self.plan.with_leaves);
         own.chain(of_tenant).try_for_each(|(_, dir)| dir.attach(pid))
+    }
+
+    /// Attaches `pid`, which comes out of another leaf of the same tenant: in the tenant's cgroups it is already.
+    pub(crate) fn attach_from_beside(&self, pid: Pid) -> nix::Result<()> {
+        self.level.dirs().try_for_each(|(_, dir)| dir.attach(pid))
     }
 
     /// Whether a process with this membership is in the leaf, in every hierarchy.

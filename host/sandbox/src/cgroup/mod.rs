@@ -9,6 +9,7 @@ pub mod extra;
 mod freezer;
 mod gauge;
 pub mod hierarchy;
+mod host;
 mod leaf;
 mod machine;
 mod program;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::extra::{Extra, Served};
+use super::leaf::Leaf;
 use super::machine::Machine;
 use super::settings::{self, MOST_BFQ_WEIGHT, Programs, WEIGHTS};
 use super::tree::Level;
@@ -32,7 +33,12 @@ const DEFAULT_WEIGHT: u32 = 100;
 #[derive(Debug)]
 pub(super) struct Tenant {
     pub(super) level: Rc<Level>,
-    pub(super) sandboxes: usize,
+    /// Leaves, of sandboxes and of the host's own.
+    pub(super) leaves: usize,
+    /// Leaves that no sandbox has had yet.
+    pub(super) stock: Vec<Leaf>,
+    /// Leaves of the host's own, with a process each that is not the tenant's.
+    own: u32,
     pub(super) idle_since: Instant,
     /// As it was written.
     written: Ceiling,
@@ -101,8 +107,8 @@ impl Tenant {
         }
         let (written, wanted) = (Ceiling::default(), Ceiling::default());
         let (level, idle_since) = (Rc::new(level), Instant::now());
-        let io_told = (0, 0);
-        Ok(Self { level, sandboxes: 0, idle_since, written, wanted, pending: None, programs, io_told })
+        let (leaves, stock, own, pending, io_told) = (0, Vec::new(), 0, None, (0, 0));
+        Ok(Self { level, leaves, stock, own, idle_since, written, wanted, pending, programs, io_told })
     }
 
     pub(super) fn is_pending(&self) -> bool {
@@ -126,6 +132,19 @@ impl Tenant {
         let (read, written) = gauge::io_bytes_v1(&text);
         let (read_before, written_before) = std::mem::replace(&mut self.io_told, (read, written));
         Some((read.saturating_sub(read_before), written.saturating_sub(written_before)))
+    }
+
+    /// So many of the processes below it are the host's own. The ceiling is for the others.
+    pub(super) fn set_own(&mut self, plan: &Plan, own: u32) {
+        self.own = own;
+        if let Some(pids) = self.written.pids {
+            // refused only where the cgroup is about to go
+            let _ = plan.control(&self.level, Role::Pids).limit_pids(pids.saturating_add(own));
+        }
+    }
+
+    pub(super) fn own(&self) -> u32 {
+        self.own
     }
 
     /// Puts it under `ceiling`. False if that takes a moment; [`Tenant::try_again`] has to be called then. After an error
@@ -217,7 +236,8 @@ impl Tenant {
             now.cpu_weight = new.cpu_weight;
         }
         if now.pids != new.pids {
-            control(Role::Pids).limit_pids(new.pids.unwrap_or(NO_CEILING_PIDS)).map_err(fails("pids"))?;
+            let pids = new.pids.map_or(NO_CEILING_PIDS, |pids| pids.saturating_add(self.own));
+            control(Role::Pids).limit_pids(pids).map_err(fails("pids"))?;
             now.pids = new.pids;
         }
         if now.cpu_millicores != new.cpu_millicores {
@@ -226,6 +246,8 @@ impl Tenant {
                 other => other.map_err(fails("cpu_cores"))?,
             }
             now.cpu_millicores = new.cpu_millicores;
+            // theirs have been changed too, on v1
+            self.stock.iter_mut().for_each(Leaf::distrust);
         }
         Ok(())
     }

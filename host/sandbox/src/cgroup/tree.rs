@@ -14,12 +14,16 @@ use super::hierarchy::Hierarchy;
 use super::leaf::Leaf;
 use super::machine::{Machine, Node};
 use super::tenant::{Attempt, Ground, Tenant};
-use super::{CgroupError, Extra, Plan, Served, room, settings, v1, v2};
+use super::{CgroupError, Extra, Plan, Role, Served, host, room, settings, v1, v2};
 use crate::ceiling::{Ceiling, CeilingError};
 use crate::name::Name;
+use crate::spec::SandboxSpec;
 
 /// How long a tenant's cgroup outlives its last sandbox, so that a quiet tenant's next job finds it.
 const TENANT_LINGER: Duration = Duration::from_secs(2);
+
+/// Leaves of a tenant that are made ahead at most: the next sandbox's, and one for a second that comes at once.
+const STOCK: usize = 2;
 
 /// How long a killed cgroup may take to become empty before a sweep gives up on it.
 const SWEEP_PATIENCE: Duration = Duration::from_secs(2);
@@ -74,6 +78,8 @@ pub(crate) struct Tree {
     root: Rc<Level>,
     ground: Rc<Ground>,
     tenants: HashMap<Name, Tenant>,
+    /// Of leaves.
+    numbers: u64,
     /// The ceilings that have been changed, and confirmed, since this process began. What a launch brings along may be
     /// older.
     changed: HashMap<Name, Ceiling>,
@@ -125,14 +131,25 @@ impl Tree {
         let (plan, root) = (Rc::new(plan), Rc::new(root));
         let ground = Rc::new(Ground { plan: plan.clone(), root: root.clone(), machine: Machine::look() });
         let (tenants, changed, frozen) = Default::default();
-        Ok(Self { plan, base, name, root, ground, tenants, changed, frozen })
+        Ok(Self { plan, base, name, root, ground, tenants, numbers: 0, changed, frozen })
+    }
+
+    /// Gives `processes`, those of the host itself, CPU time before all jobs.
+    pub(crate) fn prefer(&self, processes: &[Pid]) -> nix::Result<()> {
+        let cpu = self.plan.roles[&Role::Cpu];
+        match self.plan.is_v2(Role::Cpu) {
+            true => host::weigh_leaf(self.base.dir(cpu)),
+            false => host::move_in(self.base.dir(cpu), &self.name, processes),
+        }
     }
 
     /// Attaches this process to the cgroup that it is in. Nothing changes, but that the kernel keeps itself ready for
     /// attaching: the first time after some 15 ms of silence it waits for a grace period of RCU, 7 ms or more. `None` where
     /// sandboxes are born in their cgroup, which waits for nothing.
     pub(crate) fn keep_warm(&self) -> Option<nix::Result<()>> {
-        let v1 = (0..self.plan.with_leaves).find(|index| Some(*index) != self.plan.v2)?;
+        // in the hierarchy of the CPU it may be elsewhere
+        let elsewhere = [self.plan.v2, Some(self.plan.roles[&Role::Cpu])];
+        let v1 = (0..self.plan.with_leaves).find(|index| !elsewhere.contains(&Some(*index)))?;
         Some(self.base.dir(v1).attach(Pid::from_raw(0)))
     }
 
@@ -286,41 +303,92 @@ impl Tree {
         ceiling.devices.iter().filter_map(|rule| self.ground.machine.node(*rule)).collect()
     }
 
-    /// A leaf for one sandbox under its tenant, which must have been made by [`Tree::tenant`]. No limits yet.
-    pub(crate) fn leaf(&mut self, tenant: &Name, name: &str) -> nix::Result<Leaf> {
+    /// A leaf for one sandbox under its tenant, which must have been made by [`Tree::tenant`]. It may have any limits.
+    pub(crate) fn leaf(&mut self, tenant: &Name) -> nix::Result<Leaf> {
+        let ahead = self.tenants.get_mut(tenant).and_then(|entry| {
+            entry.leaves += usize::from(!entry.stock.is_empty());
+            entry.stock.pop()
+        });
+        match ahead {
+            Some(leaf) => Ok(leaf),
+            None => self.make_sandbox_leaf(tenant),
+        }
+    }
+
+    fn make_sandbox_leaf(&mut self, tenant: &Name) -> nix::Result<Leaf> {
+        self.numbers += 1;
+        self.make_leaf(tenant, &format!("sandbox-{}", self.numbers), false)
+    }
+
+    /// Makes leaves ahead for sandboxes like `spec`, one at each call. Whether there is more to do.
+    ///
+    /// A leaf that has been used is not used again: v1 resets neither the peak of pids nor, at a bearable price, that of
+    /// memory.
+    pub(crate) fn stock_up(&mut self, spec: &SandboxSpec) -> bool {
+        let missing = |tree: &Self| tree.tenants.get(&spec.tenant).is_some_and(|entry| entry.stock.len() < STOCK);
+        if missing(self)
+            && let Ok(mut leaf) = self.make_sandbox_leaf(&spec.tenant)
+            && let Some(entry) = self.tenants.get_mut(&spec.tenant)
+        {
+            entry.leaves -= 1;
+            // one that could not be made ready is made ready again, or refused, when it is needed
+            let _ = leaf.make_ready(spec);
+            entry.stock.push(leaf);
+            return missing(self);
+        }
+        false
+    }
+
+    /// The same for a process of the host's own, which counts for nobody.
+    pub(crate) fn own_leaf(&mut self, tenant: &Name, name: &str) -> nix::Result<Leaf> {
+        self.make_leaf(tenant, name, true)
+    }
+
+    fn make_leaf(&mut self, tenant: &Name, name: &str, own: bool) -> nix::Result<Leaf> {
         let entry = self.tenants.get_mut(tenant).ok_or(Errno::ENOENT)?;
         let level = entry.level.make_below(name, self.plan.with_leaves)?;
-        entry.sandboxes += 1;
+        entry.leaves += 1;
+        if own {
+            entry.set_own(&self.plan, entry.own() + 1);
+        }
         let path = format!("/{}/{tenant}/{name}", self.name);
-        let leaf = Leaf::new(self.plan.clone(), entry.level.clone(), tenant.clone(), path, level);
-        if self.frozen.contains(tenant) && self.plan.v2.is_none() {
-            leaf.freeze(true)?;
+        let leaf = Leaf::new(self.plan.clone(), entry.level.clone(), tenant.clone(), path, level, own);
+        if self.frozen.contains(tenant)
+            && self.plan.v2.is_none()
+            && let Err(errno) = leaf.freeze(true)
+        {
+            // there is nothing in it, so it goes
+            let _ = self.remove(leaf);
+            return Err(errno);
         }
         Ok(leaf)
     }
 
-    /// Removes the leaf's directories. `EBUSY` gives it back, to be tried again: the last task may still be on its
-    /// way out.
-    pub(crate) fn remove(&mut self, leaf: Leaf) -> Result<(), (Leaf, Errno)> {
-        if let Err(errno) = leaf.remove() {
-            return Err((leaf, errno));
+    /// Removes the leaf's directories. Gives it back, to be tried again, if the last task is still on its way out.
+    pub(crate) fn remove(&mut self, leaf: Leaf) -> Option<Leaf> {
+        if leaf.remove().is_err() {
+            return Some(leaf);
         }
         if let Some(tenant) = self.tenants.get_mut(leaf.tenant()) {
-            tenant.sandboxes -= 1;
+            tenant.leaves -= 1;
+            if leaf.is_own() {
+                tenant.set_own(&self.plan, tenant.own() - 1);
+            }
             tenant.idle_since = Instant::now();
         }
-        Ok(())
+        None
     }
 
     /// Removes the cgroups of tenants that have been idle for a while. Returns when to look again.
     pub(crate) fn remove_idle_tenants(&mut self, now: Instant) -> Option<Instant> {
         let (root, count) = (&self.root, self.plan.hierarchies.len());
         self.tenants.retain(|name, tenant| {
-            let due = tenant.sandboxes == 0 && !tenant.is_pending() && now >= tenant.idle_since + TENANT_LINGER;
+            let due = tenant.leaves == 0 && !tenant.is_pending() && now >= tenant.idle_since + TENANT_LINGER;
             if !due {
                 return true;
             }
             // dropping our descriptors first is not needed: they do not keep a cgroup busy
+            tenant.stock.drain(..).for_each(|leaf| _ = leaf.remove());
             match root.remove_below(name.as_str(), count) {
                 Ok(()) => false,
                 Err(_) => {
@@ -329,11 +397,7 @@ impl Tree {
                 }
             }
         });
-        self.tenants
-            .values()
-            .filter(|t| t.sandboxes == 0 && !t.is_pending())
-            .map(|t| t.idle_since + TENANT_LINGER)
-            .min()
+        self.tenants.values().filter(|t| t.leaves == 0 && !t.is_pending()).map(|t| t.idle_since + TENANT_LINGER).min()
     }
 }
 
@@ -380,7 +444,7 @@ impl Remains<'_> {
 fn sweep(base: &Level, name: &str) {
     let deadline = Instant::now() + SWEEP_PATIENCE;
     // every hierarchy is worked on in each round, whether or not an earlier one is done
-    while base.0.iter().filter(|dir| !sweep_once(dir, name)).count() > 0 {
+    while base.0.iter().filter(|dir| !(host::move_out(dir, name) & sweep_once(dir, name))).count() > 0 {
         if Instant::now() > deadline {
             return;
         }

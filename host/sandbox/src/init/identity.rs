@@ -65,7 +65,45 @@ pub(crate) fn set_rlimits(spec: &SandboxSpec) -> nix::Result<()> {
 ///
 /// Must come before [`become_job_user`], which would lose that capability, and the sets once more after it.
 pub(crate) fn empty_bounding_set() -> nix::Result<()> {
-    caps::clear(None, caps::CapSet::Bounding).map_err(|_| nix::errno::Errno::last())
+    // not asking of each whether it is there saves half of the calls
+    for capability in caps::all() {
+        match caps::drop(None, caps::CapSet::Bounding, capability) {
+            Ok(()) => {}
+            Err(_) => {
+                let errno = nix::errno::Errno::last();
+                // else this kernel does not know it
+                if caps::has_cap(None, caps::CapSet::Bounding, capability).is_ok() {
+                    return Err(errno);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What a zygote needs in its own user namespace, to clone sandboxes and to write their maps.
+const OF_A_ZYGOTE: [caps::Capability; 4] = [
+    caps::Capability::CAP_SYS_ADMIN,
+    caps::Capability::CAP_SETUID,
+    caps::Capability::CAP_SETGID,
+    caps::Capability::CAP_DAC_OVERRIDE,
+];
+
+/// Gives up every capability that a zygote does not need, for good.
+pub(crate) fn keep_what_cloning_takes() -> nix::Result<()> {
+    use caps::CapSet::{Ambient, Bounding, Effective, Inheritable, Permitted};
+    let failed = |_| nix::errno::Errno::last();
+    for capability in caps::all().into_iter().filter(|capability| !OF_A_ZYGOTE.contains(capability)) {
+        if caps::has_cap(None, Bounding, capability).map_err(failed)? {
+            caps::drop(None, Bounding, capability).map_err(failed)?;
+        }
+    }
+    for set in [Ambient, Inheritable] {
+        caps::clear(None, set).map_err(failed)?;
+    }
+    let kept = OF_A_ZYGOTE.into();
+    caps::set(None, Effective, &kept).map_err(failed)?;
+    caps::set(None, Permitted, &kept).map_err(failed)
 }
 
 /// Empties the effective, permitted, inheritable and ambient sets.

@@ -18,6 +18,7 @@ use nix::unistd::{Gid, Uid, chdir, fchdir, getgid, getuid, pivot_root, setfsgid,
 
 use crate::cgroup::Node;
 use crate::error::{AtStep, LaunchError, Step};
+use crate::name::Name;
 use crate::spec::{JOB_ID, Kind, SandboxSpec};
 use crate::sys::mount::{MountAttr, attach, clone_mount, new_mount, restrict};
 
@@ -220,7 +221,7 @@ fn clone_device(dir: &CStr, name: &str, major: u32, minor: u32) -> nix::Result<O
 /// `/dev`, where the launcher could make one.
 pub(crate) fn enter(spec: &SandboxSpec, program: BorrowedFd<'_>, dev: Option<&OwnedFd>) -> Result<(), LaunchError> {
     let native = spec.kind == Kind::Native;
-    let root = make_root(spec, program)?;
+    let root = make_root(spec.kind, native.then_some((&spec.program, program)))?;
     if spec.kind != Kind::Compile {
         let tmp = make_tmp(spec).at(Step::MountTmp)?;
         attach(tmp.as_fd(), root.as_fd(), c"tmp").at(Step::MountTmp)?;
@@ -238,6 +239,20 @@ pub(crate) fn enter(spec: &SandboxSpec, program: BorrowedFd<'_>, dev: Option<&Ow
     pivot(&root).at(Step::PivotRoot)
 }
 
+/// As [`enter`], for a zygote: the root that sandboxes have a copy of, and no file of a job's in it.
+pub(crate) fn enter_template(kind: Kind) -> Result<(), LaunchError> {
+    let root = make_root(kind, None)?;
+    root_of(kind).seal(root.as_fd()).at(Step::SealRoot)?;
+    pivot(&root).at(Step::PivotRoot)
+}
+
+/// Completes the copy of a zygote's root that a sandbox was born in. Of that root it shares the inodes of two directories
+/// and of the proof file with others of the same zygote: WebAssembly, the only kind that has one, opens neither.
+pub(crate) fn complete_copy(spec: &SandboxSpec) -> Result<(), LaunchError> {
+    let tmp = make_tmp(spec).at(Step::MountTmp)?;
+    attach(tmp.as_fd(), AT_FDCWD, c"tmp").at(Step::MountTmp)
+}
+
 /// Whether `mountinfo`, the content of a sandbox's `/proc/PID/mountinfo`, shows its root as [`enter`] makes it, and no
 /// mount more. With `bound`, the devices of a native sandbox are the host's.
 pub(crate) fn is_whole(kind: Kind, bound: bool, mountinfo: &str) -> bool {
@@ -253,6 +268,18 @@ pub(crate) fn is_whole(kind: Kind, bound: bool, mountinfo: &str) -> bool {
         }
         Kind::Compile => &[("/", "tmpfs", &["ro", "nosuid", "nodev", "noexec"])],
     };
+    shows(mountinfo, bound, kind == Kind::Native, meant)
+}
+
+/// Whether `mountinfo`, the content of a zygote's `/proc/PID/mountinfo`, shows its root as [`enter_template`] makes it, and
+/// no mount more.
+pub(crate) fn is_template(mountinfo: &str) -> bool {
+    shows(mountinfo, false, false, &[("/", "tmpfs", &["ro", "nosuid", "nodev", "noexec"])])
+}
+
+/// Whether `mountinfo` shows the mounts that are `meant`: where, of what type, with which options. With `bound`, the
+/// devices of a `native` root are the host's.
+fn shows(mountinfo: &str, bound: bool, native: bool, meant: &[(&str, &str, &[&str])]) -> bool {
     // `36 35 98:0 /root /mount/point options [fields…] - type source super,options`
     let mut mounts: Vec<(&str, &str, &str)> = Vec::new();
     let mut devices: Vec<&str> = Vec::new();
@@ -274,7 +301,7 @@ pub(crate) fn is_whole(kind: Kind, bound: bool, mountinfo: &str) -> bool {
     devices.sort_unstable();
     let mut named: Vec<&str> = DEVICES.iter().map(|(name, ..)| *name).collect();
     named.sort_unstable();
-    let devices_as_meant = if bound && kind == Kind::Native { devices == named } else { devices.is_empty() };
+    let devices_as_meant = if bound && native { devices == named } else { devices.is_empty() };
     let as_meant = |mount: &(&str, &str, &str), meant: &(&str, &str, &[&str])| {
         (mount.0, mount.1) == (meant.0, meant.1)
             && meant.2.iter().all(|option| mount.2.split(',').any(|o| o == *option))
@@ -284,15 +311,15 @@ pub(crate) fn is_whole(kind: Kind, bound: bool, mountinfo: &str) -> bool {
         && mounts.iter().zip(meant).all(|(mount, meant)| as_meant(mount, meant))
 }
 
-fn make_root(spec: &SandboxSpec, program: BorrowedFd<'_>) -> Result<OwnedFd, LaunchError> {
-    let native = spec.kind == Kind::Native;
-    let program_bytes = if native { program_size(program).at(Step::CopyProgram)? } else { 0 };
+/// The root of one kind of sandbox, attached, with a native one's program in it.
+fn make_root(kind: Kind, program: Option<(&Name, BorrowedFd<'_>)>) -> Result<OwnedFd, LaunchError> {
+    let program_bytes = program.map_or(Ok(0), |(_, program)| program_size(program)).at(Step::CopyProgram)?;
     let size = decimal(program_bytes + ROOT_OVERHEAD_BYTES).at(Step::MakeRoot)?;
     let options = [(c"size", size.as_c_str()), (c"nr_inodes", ROOT_INODES), (c"mode", c"0755")];
-    let mount = root_of(spec.kind);
+    let mount = root_of(kind);
     let root = new_mount(mount.fs, &options, mount.open()).at(Step::MakeRoot)?;
     attach(root.as_fd(), AT_FDCWD, MOUNT_POINT).at(Step::MakeRoot)?;
-    let directories: &[&str] = match spec.kind {
+    let directories: &[&str] = match kind {
         Kind::Native => &["bin", "dev", "proc", "tmp"],
         Kind::Wasm => &["tmp"],
         Kind::Compile => &[],
@@ -301,8 +328,8 @@ fn make_root(spec: &SandboxSpec, program: BorrowedFd<'_>) -> Result<OwnedFd, Lau
         mkdirat(&root, *name, Mode::from_bits_truncate(0o755)).at(Step::MakeRoot)?;
     }
     create(&root, LANDLOCK_PROOF, 0o444).at(Step::MakeRoot)?;
-    if native {
-        let copy = create(&root, &format!("bin/{}", spec.program), 0o555).at(Step::CopyProgram)?;
+    if let Some((name, program)) = program {
+        let copy = create(&root, &format!("bin/{name}"), 0o555).at(Step::CopyProgram)?;
         copy_program(program, &copy, program_bytes).at(Step::CopyProgram)?;
     }
     Ok(root)

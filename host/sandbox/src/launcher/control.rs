@@ -65,7 +65,7 @@ impl Launcher<'_> {
             let result = self.thaw_tenant(tenant).map(|()| Answer::Done);
             return self.answer(request, result);
         }
-        let dying = self.leaves_of(tenant, Live::is_dying);
+        let dying = self.dying_leaves_of(tenant);
         match self.tree.freeze(tenant, true, |leaf| dying.contains(leaf)) {
             Ok(()) => self.look_for_freeze(request, target),
             Err(errno) => {
@@ -109,7 +109,7 @@ impl Launcher<'_> {
         let frozen = match &freezing.what {
             Target::Sandbox(id) => self.living(*id).and_then(|live| live.leaf.is_frozen().map_err(unreadable)),
             Target::Tenant(tenant) => {
-                let dying = self.leaves_of(tenant, Live::is_dying);
+                let dying = self.dying_leaves_of(tenant);
                 self.tree.is_frozen(tenant, |leaf| dying.contains(leaf)).map_err(unreadable)
             }
         };
@@ -180,6 +180,7 @@ impl Launcher<'_> {
                 self.start_clocks_again(id, now);
             }
         }
+        self.expect_anew(tenant, now);
         Ok(())
     }
 
@@ -246,6 +247,16 @@ impl Launcher<'_> {
 
     fn ids_of(&self, tenant: &Name) -> Vec<SandboxId> {
         self.live.iter().filter(|(_, live)| live.leaf.tenant() == tenant).map(|(id, _)| *id).collect()
+    }
+
+    /// The names of the leaves in which something of a tenant's is being killed.
+    fn dying_leaves_of(&self, tenant: &Name) -> HashSet<String> {
+        let mut leaves = self.leaves_of(tenant, Live::is_dying);
+        let zygotes = self.zygotes.values().filter(|zygote| zygote.failure.is_some()).map(|zygote| &zygote.leaf);
+        let families = self.families.values().filter(|family| family.ending).map(|family| &family.leaf);
+        let own = zygotes.chain(families).filter(|leaf| leaf.tenant() == tenant);
+        leaves.extend(own.map(|leaf| leaf.name().to_owned()));
+        leaves
     }
 
     /// The names of the leaves of a tenant's sandboxes of which this holds.

@@ -17,8 +17,10 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 
 use super::Launcher;
+use super::families::FamilyId;
 use super::pause::Pause;
-use super::verify;
+use super::verify::{self, Seen};
+use super::zygotes::ZygoteId;
 use crate::cgroup::Leaf;
 use crate::error::{AtStep, LaunchError, Step};
 use crate::gate::{FromSandbox, LauncherGate, ToSandbox};
@@ -26,7 +28,7 @@ use crate::protocol::FromLauncher;
 use crate::spec::{Kind, SandboxId, SandboxSpec};
 use crate::sys::process::pidfd_send_signal;
 use crate::uids::JobIds;
-use crate::usage::{Exit, KillCause, SandboxReport};
+use crate::usage::{Exit, KillCause, Namespaces, SandboxReport};
 use crate::wire::RecvError;
 
 /// The closest together that a sandbox's CPU time is looked at.
@@ -51,10 +53,13 @@ pub(super) struct Live {
     pub(super) pidfd: OwnedFd,
     /// The number of its network namespace, if that was made ahead.
     pub(super) network: Option<u64>,
+    pub(super) zygote: Option<Descent>,
     pub(super) gate: Option<LauncherGate>,
     pub(super) oom: Option<OwnedFd>,
     pub(super) leaf: Leaf,
     pub(super) ids: JobIds,
+    /// What has been read back of it already.
+    pub(super) seen: Option<Seen>,
     pub(super) stage: Stage,
     pub(super) alarm: Option<Instant>,
     pub(super) pause: Pause,
@@ -66,6 +71,16 @@ pub(super) struct Live {
     pub(super) killed: Option<KillCause>,
     /// What its init told of the main process.
     pub(super) told: Option<Exit>,
+}
+
+/// Where a sandbox comes from that a zygote has cloned.
+pub(super) struct Descent {
+    pub(super) zygote: ZygoteId,
+    pub(super) family: FamilyId,
+    /// The zygote's own.
+    pub(super) namespaces: Namespaces,
+    /// The zygote says that others have had its network namespace before.
+    pub(super) used_network: bool,
 }
 
 /// How far a sandbox has come.
@@ -108,6 +123,8 @@ impl Launcher<'_> {
             let Some(live) = self.live.get_mut(&id) else { return };
             let Some(gate) = &live.gate else { return };
             match gate.recv() {
+                // what could not be read back is failing already
+                Ok((FromSandbox::Ready, _)) if live.seen.is_none() => {}
                 Ok((FromSandbox::Ready, Some(pid))) if live.stage == Stage::Entering => self.admit(id, pid),
                 Ok((FromSandbox::Started, _)) if live.stage == Stage::Waiting => self.start_clocks(id),
                 Ok((FromSandbox::Exited(exit), _)) if live.stage != Stage::Entering => live.told = Some(exit),
@@ -162,7 +179,7 @@ impl Launcher<'_> {
 
     /// Kills a sandbox for `cause`, unless its main process has ended by itself before.
     pub(super) fn kill(&mut self, id: SandboxId, cause: KillCause) {
-        let Some(live) = self.live.get_mut(&id) else { return };
+        let Some(live) = self.live.get_mut(&id) else { return self.kill_expected(id, cause) };
         if live.told.is_none() {
             live.killed.get_or_insert(cause);
         }
@@ -194,7 +211,10 @@ impl Launcher<'_> {
                 return;
             }
             self.set_alarm(id, None);
-            let Some(live) = self.live.get(&id) else { continue };
+            let Some(live) = self.live.get(&id) else {
+                self.expected_is_late(id);
+                continue;
+            };
             match live.stage {
                 Stage::Entering if live.failure.is_some() => {
                     self.bury(id);
@@ -239,8 +259,9 @@ impl Launcher<'_> {
     }
 
     pub(super) fn set_alarm(&mut self, id: SandboxId, at: Option<Instant>) {
-        let Some(live) = self.live.get_mut(&id) else { return };
-        if let Some(old) = std::mem::replace(&mut live.alarm, at) {
+        let live = self.live.get_mut(&id).map(|live| &mut live.alarm);
+        let Some(alarm) = live.or_else(|| Some(&mut self.expected.get_mut(&id)?.alarm)) else { return };
+        if let Some(old) = std::mem::replace(alarm, at) {
             self.alarms.remove(&(old, id));
         }
         if let Some(at) = at {
@@ -252,15 +273,7 @@ impl Launcher<'_> {
     pub(super) fn bury(&mut self, id: SandboxId) {
         self.read_gate(id); // its last words may still be there
         let Some(live) = self.live.get(&id) else { return };
-        // __WALL: a child that raises no signal at its end is not waited for otherwise
-        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::__WALL;
-        let status = match waitid(Id::PIDFd(live.pidfd.as_fd()), flags) {
-            Ok(WaitStatus::StillAlive) => return,
-            Ok(WaitStatus::Exited(_, code)) => Exit::Exited(code),
-            Ok(WaitStatus::Signaled(_, signal, _)) => Exit::Signaled(signal as i32),
-            // not ours any more: nothing is known of its end
-            Ok(_) | Err(_) => Exit::Signaled(Signal::SIGKILL as i32),
-        };
+        let Some(status) = reap(&live.pidfd) else { return };
         self.set_alarm(id, None);
         let Some(live) = self.live.remove(&id) else { return };
         // told with a job's report alone: what else there is of sandboxes is made and ended unheard
@@ -274,11 +287,32 @@ impl Launcher<'_> {
         };
         self.outbox.send(message);
         self.uids.give_back(&live.ids);
+        if let Some(Descent { zygote, family, .. }) = live.zygote {
+            self.tell_zygote(zygote, id);
+            self.leave_family(family);
+        }
         // closing its descriptors, the OOM watch among them, comes before the removal of the cgroup
         let Live { leaf, .. } = live;
-        if let Err((leaf, _)) = self.tree.remove(leaf) {
-            self.leaving.push(leaf);
-        }
+        self.remove(leaf);
+    }
+}
+
+/// Whether a child waits to be reaped, or is none any more.
+pub(super) fn is_dead(child: &OwnedFd) -> bool {
+    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT | WaitPidFlag::__WALL;
+    !matches!(waitid(Id::PIDFd(child.as_fd()), flags), Ok(WaitStatus::StillAlive))
+}
+
+/// Reaps a child; `None` while it lives.
+pub(super) fn reap(child: &OwnedFd) -> Option<Exit> {
+    // __WALL: a child that raises no signal at its end is not waited for otherwise
+    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::__WALL;
+    match waitid(Id::PIDFd(child.as_fd()), flags) {
+        Ok(WaitStatus::StillAlive) => None,
+        Ok(WaitStatus::Exited(_, code)) => Some(Exit::Exited(code)),
+        Ok(WaitStatus::Signaled(_, signal, _)) => Some(Exit::Signaled(signal as i32)),
+        // not ours any more: nothing is known of its end
+        Ok(_) | Err(_) => Some(Exit::Signaled(Signal::SIGKILL as i32)),
     }
 }
 

@@ -7,6 +7,8 @@
 mod birth;
 mod ceilings;
 mod control;
+mod expected;
+mod families;
 mod listing;
 mod live;
 mod networks;
@@ -15,6 +17,7 @@ mod pause;
 mod start;
 mod sweeper;
 pub(crate) mod verify;
+mod zygotes;
 
 use std::collections::{BTreeSet, HashMap};
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,19 +26,25 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
 
 use self::control::Freezing;
+use self::expected::Expected;
+use self::families::{Family, FamilyId};
 use self::listing::Listing;
 use self::live::Live;
 use self::networks::Networks;
 use self::outbox::Outbox;
 use self::start::Place;
 pub use self::start::{launcher_main, spawn};
+use self::zygotes::{Zygote, ZygoteId};
 use crate::cgroup::{Leaf, Tree};
 use crate::init::seccomp::Filters;
 use crate::protocol::{FromLauncher, ToLauncher};
-use crate::spec::{Kind, SandboxId};
-use crate::sys::process::SingleThreaded;
+use crate::spec::{Kind, SandboxId, SandboxSpec};
+use crate::sys::process::{SingleThreaded, pidfd_send_signal};
 use crate::uids::UidPool;
 use crate::usage::KillCause;
 use crate::wire::{MAX_PACKET, RecvError};
@@ -50,6 +59,9 @@ const MESSAGES: usize = 64;
 /// How long after the last attempt a cgroup that is still busy is tried again.
 const REMOVE_AGAIN: Duration = Duration::from_millis(1);
 
+/// Cgroups of dead sandboxes that wait to be removed, at most.
+const MOST_LEAVING: usize = 64;
+
 /// How long after the last launch the kernel is kept ready for the next one, and how often it is reminded. The cost is
 /// some 10 µs of CPU time each.
 const WARM_FOR: Duration = Duration::from_secs(10);
@@ -59,8 +71,12 @@ const WARM_EVERY: Duration = Duration::from_millis(8);
 /// which a dead server's launcher must be gone.
 const LAST_WAIT: Duration = Duration::from_millis(1200);
 
-/// The highest sandbox id: two bits of an event's token say what happened to it.
-const MAX_ID: u64 = u64::MAX >> 2;
+/// The highest sandbox id: three bits of an event's token say what happened to it.
+const MAX_ID: u64 = u64::MAX >> 3;
+
+/// How long after the end of a zygote children are looked for that it has not told of, and how often.
+const STRANGERS_FOR: Duration = Duration::from_secs(2);
+const STRANGERS_EVERY: Duration = Duration::from_millis(20);
 
 /// What an event is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +85,9 @@ enum Source {
     Exit(SandboxId),
     Gate(SandboxId),
     Oom(SandboxId),
+    Zygote(ZygoteId),
+    ZygoteExit(ZygoteId),
+    FamilyExit(FamilyId),
     Networks,
 }
 
@@ -76,23 +95,35 @@ impl Source {
     fn token(self) -> u64 {
         match self {
             Self::Server => 0,
-            Self::Networks => 1 << 2,
-            Self::Exit(id) => id.0 << 2 | 1,
-            Self::Gate(id) => id.0 << 2 | 2,
-            Self::Oom(id) => id.0 << 2 | 3,
+            Self::Networks => 1 << 3,
+            Self::Exit(id) => id.0 << 3 | 1,
+            Self::Gate(id) => id.0 << 3 | 2,
+            Self::Oom(id) => id.0 << 3 | 3,
+            Self::Zygote(id) => id.0 << 3 | 4,
+            Self::ZygoteExit(id) => id.0 << 3 | 5,
+            Self::FamilyExit(id) => id.0 << 3 | 6,
         }
     }
 
     fn of(token: u64) -> Self {
-        let id = SandboxId(token >> 2);
-        match token & 3 {
-            1 => Self::Exit(id),
-            2 => Self::Gate(id),
-            3 => Self::Oom(id),
-            _ if id == SandboxId(1) => Self::Networks,
+        let id = token >> 3;
+        match token & 7 {
+            1 => Self::Exit(SandboxId(id)),
+            2 => Self::Gate(SandboxId(id)),
+            3 => Self::Oom(SandboxId(id)),
+            4 => Self::Zygote(ZygoteId(id)),
+            5 => Self::ZygoteExit(ZygoteId(id)),
+            6 => Self::FamilyExit(FamilyId(id)),
+            _ if id == 1 => Self::Networks,
             _ => Self::Server,
         }
     }
+}
+
+/// How many zygotes there may be, and for how long.
+struct ZygoteLimits {
+    zygotes: usize,
+    zygote_idle: Duration,
 }
 
 /// The launcher's whole state.
@@ -110,10 +141,27 @@ struct Launcher<'w> {
     networks: Networks,
     filters: HashMap<Kind, Rc<Filters>>,
     live: HashMap<SandboxId, Live>,
+    /// Sandboxes that a zygote is to clone.
+    expected: HashMap<SandboxId, Expected>,
+    zygotes: HashMap<ZygoteId, Zygote>,
+    families: HashMap<FamilyId, Family>,
+    /// Of zygotes and families.
+    numbers: u64,
+    limits: ZygoteLimits,
+    /// When idle zygotes are looked for.
+    look_at_zygotes: Option<Instant>,
+    /// Until when children are looked for that nobody has told of.
+    strangers_until: Option<Instant>,
+    /// What is cloned from here on would not be what it is meant to be.
+    unfit: bool,
     /// When which sandbox has to be looked at. Each has one entry at most, the one in its `alarm`.
     alarms: BTreeSet<(Instant, SandboxId)>,
-    /// Cgroups of dead sandboxes that could not be removed yet.
+    /// Cgroups of dead sandboxes, to be removed when there is nothing else to do.
     leaving: Vec<Leaf>,
+    /// Those that could not be removed yet.
+    busy: Vec<Leaf>,
+    /// What kind of sandbox cgroups are to be made ready for ahead.
+    stock_up_for: Option<SandboxSpec>,
     /// Freezes that have been ordered and not been seen to have happened.
     freezing: Vec<Freezing>,
     /// Lists of processes that have been begun, at most one a sandbox.
@@ -138,12 +186,19 @@ impl Launcher<'_> {
     /// One round of events. False once the server is gone.
     fn step(&mut self, buffer: &mut [u8]) -> nix::Result<bool> {
         let mut serving = true;
-        for source in self.wait()? {
+        let sources = self.wait()?;
+        if sources.is_empty() || self.busy.len() > MOST_LEAVING {
+            self.do_chore();
+        }
+        for source in sources {
             match source {
                 Source::Server => serving &= self.read_server(buffer),
                 Source::Gate(id) => self.read_gate(id),
                 Source::Oom(id) => self.check_oom(id),
                 Source::Exit(id) => self.bury(id),
+                Source::Zygote(id) => self.read_zygote(id),
+                Source::ZygoteExit(id) => self.bury_zygote(id),
+                Source::FamilyExit(id) => self.bury_family(id),
                 Source::Networks => {
                     let live = &self.live;
                     self.networks.receive(|number| live.values().any(|live| live.network == Some(number)));
@@ -151,23 +206,26 @@ impl Launcher<'_> {
             }
         }
         self.ring_alarms(Instant::now());
-        self.remove_leaving();
         serving &= self.outbox.flush();
-        Ok(serving)
+        Ok(serving && !self.unfit)
     }
 
     /// Waits for events, or until something is due.
     fn wait(&mut self) -> nix::Result<Vec<Source>> {
         let now = Instant::now();
-        let leaving = (!self.leaving.is_empty()).then(|| now + REMOVE_AGAIN);
+        let chores = (!self.leaving.is_empty() || self.stock_up_for.is_some()).then_some(now);
+        let busy = (!self.busy.is_empty()).then(|| now + REMOVE_AGAIN);
         let idle = self.tree.remove_idle_tenants(now);
         let ceilings = self.settle_ceilings(now);
         let freezes = self.settle_freezes(now);
         let lists = self.list_some().then_some(now);
         let warm = self.keep_warm(now);
+        let zygotes = self.look_at_zygotes(now);
+        let strangers = self.reap_strangers(now);
         // those before may have set one
         let alarm = self.alarms.first().map(|(at, _)| *at);
-        let next = [alarm, leaving, idle, ceilings, freezes, lists, warm].into_iter().flatten().min();
+        let next = [alarm, chores, busy, idle, ceilings, freezes, lists, warm, zygotes, strangers];
+        let next = next.into_iter().flatten().min();
         let timeout = next.map_or(EpollTimeout::NONE, |at| {
             // rounded up: a timer that rings early would ring again and again until it is due
             let ms = at.saturating_duration_since(now).as_micros().div_ceil(1000);
@@ -216,7 +274,11 @@ impl Launcher<'_> {
                 }
                 ToLauncher::Kill(id) => self.kill(id, KillCause::Requested),
                 ToLauncher::SetCeiling { request, tenant, ceiling } => self.change_ceiling(request, &tenant, &ceiling),
-                ToLauncher::ForgetCeiling(tenant) => self.tree.forget(&tenant),
+                ToLauncher::ForgetTenant(tenant) => {
+                    self.tree.forget(&tenant);
+                    self.end_zygotes_of(&tenant, None);
+                }
+                ToLauncher::ForgetProgram { tenant, program } => self.end_zygotes_of(&tenant, Some(&program)),
                 ToLauncher::Order { request, id, order } => self.obey(request, id, order),
                 ToLauncher::FreezeTenant { request, tenant, frozen } => self.freeze_tenant(request, &tenant, frozen),
                 ToLauncher::Configure(_) => return false,
@@ -226,34 +288,90 @@ impl Launcher<'_> {
         true
     }
 
-    /// Tries once more to remove the cgroups of the dead.
-    fn remove_leaving(&mut self) {
-        for leaf in std::mem::take(&mut self.leaving) {
-            if let Err((leaf, _)) = self.tree.remove(leaf) {
-                self.leaving.push(leaf);
+    /// For the next zygote or family.
+    fn next_number(&mut self) -> u64 {
+        self.numbers += 1;
+        self.numbers
+    }
+
+    /// Whether a child of this process is in the books.
+    fn is_known(&self, pid: Pid) -> bool {
+        let is_sandbox = self.live.values().any(|live| live.pid == pid);
+        is_sandbox || self.has_zygote(pid) || self.has_family(pid) || self.place.is_own(pid)
+    }
+
+    fn strangers_from_now(&self) -> Option<Instant> {
+        Some(Instant::now() + STRANGERS_FOR)
+    }
+
+    /// Reaps dead children that nobody has told of: what a zygote had cloned when it died itself. Returns when to look
+    /// again.
+    fn reap_strangers(&mut self, now: Instant) -> Option<Instant> {
+        let until = self.strangers_until?;
+        let own = Pid::this();
+        let children = std::fs::read_to_string(format!("/proc/self/task/{own}/children")).unwrap_or_default();
+        for pid in children.split_whitespace().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw) {
+            if !self.is_known(pid) {
+                // it is nobody else's to wait for; one that lives is let be
+                let _ = waitpid(pid, Some(WaitPidFlag::WNOHANG | WaitPidFlag::__WALL));
+            }
+        }
+        self.strangers_until = (now < until).then_some(until);
+        self.strangers_until.map(|_| now + STRANGERS_EVERY)
+    }
+
+    /// Does a little of what nobody waits for.
+    fn do_chore(&mut self) {
+        if let Some(leaf) = self.leaving.pop() {
+            self.remove_now(leaf);
+        } else if let Some(spec) = self.stock_up_for.take() {
+            self.stock_up_for = self.tree.stock_up(&spec).then_some(spec);
+        } else {
+            for leaf in std::mem::take(&mut self.busy) {
+                self.remove_now(leaf);
             }
         }
     }
 
+    /// Removes the cgroup of a process that is dead, soon.
+    fn remove(&mut self, leaf: Leaf) {
+        if self.leaving.len() < MOST_LEAVING { self.leaving.push(leaf) } else { self.remove_now(leaf) }
+    }
+
+    fn remove_now(&mut self, leaf: Leaf) {
+        self.busy.extend(self.tree.remove(leaf));
+    }
+
     /// Kills what lives, waits a bounded time for the deaths, and removes every cgroup.
     fn end(&mut self) -> nix::Result<()> {
-        let ids: Vec<SandboxId> = self.live.keys().copied().collect();
+        let ids: Vec<SandboxId> = self.live.keys().chain(self.expected.keys()).copied().collect();
         for id in ids {
             self.kill(id, KillCause::Requested);
         }
+        for family in self.families.values() {
+            let _ = pidfd_send_signal(family.pidfd.as_fd(), Signal::SIGKILL);
+        }
+        for id in self.zygotes.keys().copied().collect::<Vec<_>>() {
+            self.end_zygote(id);
+        }
         let _ = self.epoll.delete(self.outbox.socket());
         let deadline = Instant::now() + LAST_WAIT;
-        while !self.live.is_empty() && Instant::now() < deadline {
+        let left = |launcher: &Self| {
+            !launcher.live.is_empty() || !launcher.zygotes.is_empty() || !launcher.families.is_empty()
+        };
+        while left(self) && Instant::now() < deadline {
             let mut events = [EpollEvent::empty(); EVENTS];
             let n = self.epoll.wait(&mut events, 10_u8).unwrap_or(0);
             for event in &events[..n] {
                 match Source::of(event.data()) {
                     Source::Exit(id) => self.bury(id),
                     Source::Gate(id) => self.read_gate(id),
+                    Source::Zygote(id) => self.read_zygote(id),
+                    Source::ZygoteExit(id) => self.bury_zygote(id),
+                    Source::FamilyExit(id) => self.bury_family(id),
                     Source::Oom(_) | Source::Server | Source::Networks => {}
                 }
             }
-            self.remove_leaving();
         }
         self.tree.remains().sweep();
         self.networks.dismiss();
@@ -277,7 +395,9 @@ mod tests {
                 assert_eq!(Source::of(source.token()), source);
             }
         }
-        for source in [Source::Server, Source::Networks] {
+        let zygote = ZygoteId(7);
+        let others = [Source::Zygote(zygote), Source::ZygoteExit(zygote), Source::FamilyExit(FamilyId(7))];
+        for source in [Source::Server, Source::Networks].into_iter().chain(others) {
             assert_eq!(Source::of(source.token()), source);
         }
     }

@@ -5,7 +5,7 @@
 //! for the clone alone. Where there is none, the clone makes one.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::fcntl::{OFlag, open};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -15,6 +15,7 @@ use nix::sys::stat::{Mode, fstat};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
+use crate::init::proc::Proc;
 use crate::sys::process::{Cloned, SingleThreaded, close_all_except, errno_of, exit_now, fork};
 use crate::wire::{Packets, RecvError};
 
@@ -68,6 +69,11 @@ impl Networks {
     /// Where the maker's work arrives. Readable too when it has ended.
     pub(super) fn maker(&self) -> Option<&Packets> {
         self.maker.as_ref().map(|maker| &maker.socket)
+    }
+
+    /// The maker's pid.
+    pub(super) fn maker_pid(&self) -> Option<Pid> {
+        self.maker.as_ref().map(|maker| maker.pid)
     }
 
     /// Ends the maker and waits for its end.
@@ -144,7 +150,7 @@ const ORDER: u8 = 1;
 fn start_maker(proof: &SingleThreaded) -> nix::Result<Maker> {
     let (ours, theirs) = Packets::pair().map_err(|error| errno_of(&error))?;
     let Some(pid) = fork(proof)? else {
-        let alone = close_all_except(proof, &[theirs.as_fd()]).is_ok()
+        let alone = Proc::open().and_then(|proc| close_all_except(proof, proc.as_fd(), &[theirs.as_raw_fd()])).is_ok()
             && prctl::set_name(c"holm-networks").is_ok()
             && prctl::set_pdeathsig(Signal::SIGKILL).is_ok();
         // ends with the launcher, which alone has the other end

@@ -8,19 +8,19 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
-use nix::fcntl::AT_FDCWD;
+use nix::fcntl::{AT_FDCWD, OFlag, open};
 use nix::mount::{MntFlags, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::epoll::{Epoll, EpollCreateFlags};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, mkdirat, umask};
-use nix::unistd::{Pid, chdir, fchdir, pivot_root, setsid};
+use nix::unistd::{Pid, chdir, fchdir, getppid, pivot_root, setsid};
 
 use super::networks::Networks;
 use super::outbox::Outbox;
 use super::sweeper::{self, Sweeper};
-use super::{Launcher, verify};
+use super::{Launcher, ZygoteLimits, verify};
 use crate::cgroup::{Plan, Tree};
 use crate::error::in_words;
 use crate::init::{identity, root};
@@ -62,10 +62,19 @@ pub(super) struct Place {
     pub(super) host_millicores: u32,
     /// In the host's user namespace, so that device nodes can be made.
     pub(super) on_host: bool,
+    /// The launcher's own pid namespace.
+    pub(super) own_pids: OwnedFd,
+    /// The process that makes network namespaces.
+    pub(super) maker: Option<Pid>,
     sweeper: Option<Sweeper>,
 }
 
 impl Place {
+    /// Whether this is a child that has nothing to do with sandboxes.
+    pub(super) fn is_own(&self, pid: Pid) -> bool {
+        self.maker == Some(pid) || self.sweeper.as_ref().is_some_and(|sweeper| sweeper.pid == pid)
+    }
+
     /// Ends the sweeper, which finds nothing to do after an orderly end.
     pub(super) fn dismiss_sweeper(&mut self) {
         if let Some(sweeper) = self.sweeper.take() {
@@ -149,6 +158,7 @@ struct Foundation {
     null: OwnedFd,
     host_millicores: u32,
     ahead: bool,
+    limits: ZygoteLimits,
 }
 
 /// Claims uids and cgroups. Reports everything that is missing, not only the first.
@@ -164,6 +174,10 @@ fn lay_foundation(config: &LauncherConfig) -> Result<Foundation, Vec<String>> {
     let version = plan.as_ref().map(Plan::version);
     let make = |plan| Tree::make(plan, config.instance.as_str()).map_err(|error| problems.push(in_words(&error))).ok();
     let tree = plan.filter(|_| uids.is_some()).and_then(make);
+    if let (Some(tree), true) = (&tree, config.preferred) {
+        let preferred = tree.prefer(&[Pid::this(), getppid()]);
+        let _ = preferred.map_err(|errno| problems.push(format!("take CPU time before all jobs: {}", errno.desc())));
+    }
     let null = OpenOptions::new().read(true).write(true).open("/dev/null").map(OwnedFd::from);
     let null = null.map_err(|error| problems.push(format!("open `/dev/null`: {error}"))).ok();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -174,6 +188,7 @@ fn lay_foundation(config: &LauncherConfig) -> Result<Foundation, Vec<String>> {
             tree,
             null,
             ahead: config.ahead,
+            limits: ZygoteLimits { zygotes: config.zygotes.max(1), zygote_idle: config.zygote_idle },
             host_millicores: u32::try_from(cores).unwrap_or(u32::MAX).saturating_mul(1000),
         }),
         (_, _, tree, _) => {
@@ -191,9 +206,9 @@ fn settle<'w>(
     outbox: Outbox,
     foundation: Foundation,
 ) -> Result<Launcher<'w>, (Outbox, String)> {
-    let Foundation { uids, tree, null, host_millicores, ahead, .. } = foundation;
+    let Foundation { uids, tree, null, host_millicores, ahead, limits, .. } = foundation;
     let mut sweeper = None;
-    let prepared = (|| -> Result<(Namespaces, u32, Epoll, Networks), String> {
+    let prepared = (|| -> Result<(Namespaces, u32, Epoll, Networks, OwnedFd), String> {
         let fail = |what: &'static str| move |error: nix::errno::Errno| format!("{what}: {}", error.desc());
         // a terminal's Ctrl-C is for the server, which then ends us in order
         setsid().map_err(fail("leave the terminal's session"))?;
@@ -211,7 +226,9 @@ fn settle<'w>(
         let namespaces = verify::namespaces_of(Pid::this()).map_err(|error| format!("read own namespaces: {error}"))?;
         let filters = verify::filters_of(Pid::this()).map_err(|error| format!("read own filters: {error}"))?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(fail("make an epoll instance"))?;
-        Ok((namespaces, filters, epoll, networks))
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let own_pids = open("/proc/self/ns/pid", flags, Mode::empty()).map_err(fail("open own pid namespace"))?;
+        Ok((namespaces, filters, epoll, networks, own_pids))
     })();
     match prepared {
         Err(problem) => {
@@ -221,10 +238,18 @@ fn settle<'w>(
             }
             Err((outbox, problem))
         }
-        Ok((own_namespaces, own_filters, epoll, networks)) => Ok(Launcher {
+        Ok((own_namespaces, own_filters, epoll, networks, own_pids)) => Ok(Launcher {
             proof,
             workload,
-            place: Place { own_namespaces, own_filters, host_millicores, on_host: rootless::on_host(), sweeper },
+            place: Place {
+                own_namespaces,
+                own_filters,
+                host_millicores,
+                on_host: rootless::on_host(),
+                own_pids,
+                maker: networks.maker_pid(),
+                sweeper,
+            },
             outbox,
             epoll,
             tree,
@@ -234,10 +259,20 @@ fn settle<'w>(
             networks,
             filters: HashMap::new(),
             live: HashMap::new(),
+            expected: HashMap::new(),
+            zygotes: HashMap::new(),
+            families: HashMap::new(),
+            numbers: 0,
+            limits,
+            look_at_zygotes: None,
+            strangers_until: None,
+            unfit: false,
             alarms: BTreeSet::new(),
             leaving: Vec::new(),
             freezing: Vec::new(),
             listings: Vec::new(),
+            busy: Vec::new(),
+            stock_up_for: None,
             warm: None,
         }),
     }

@@ -4,18 +4,19 @@
 //! The sweeper holds one end of a pipe whose other end only the launcher has: its end-of-file is the launcher's death.
 //! It also holds the claim on the instance's uids until no process is left that could have one of them.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::sys::prctl;
 use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, pipe2, read};
 
 use crate::cgroup::Remains;
+use crate::init::proc::Proc;
 use crate::sys::process::{SingleThreaded, close_all_except, exit_now, fork};
 
 /// The launcher's hold on its sweeper.
 pub(super) struct Sweeper {
-    pid: Pid,
+    pub(super) pid: Pid,
     /// Closing it sets the sweeper to work.
     alive: OwnedFd,
 }
@@ -35,9 +36,9 @@ pub(super) fn start(proof: &SingleThreaded, remains: &Remains<'_>, claim: Borrow
     match fork(proof)? {
         Some(pid) => Ok(Sweeper { pid, alive }),
         None => {
-            let mut keep: Vec<BorrowedFd<'_>> = remains.fds().collect();
-            keep.extend([death.as_fd(), claim]);
-            if close_all_except(proof, &keep).is_ok() {
+            let mut keep: Vec<RawFd> = remains.fds().map(|fd| fd.as_raw_fd()).collect();
+            keep.extend([death.as_raw_fd(), claim.as_raw_fd()]);
+            if Proc::open().and_then(|proc| close_all_except(proof, proc.as_fd(), &keep)).is_ok() {
                 watch_over(&death, remains);
             }
             exit_now(0)

@@ -3,34 +3,60 @@
 //! A step that reported success is not proof that it had its effect (CVE-2025-52881: a label that was written to a
 //! fake procfs). What is read here is also what the job's record shows as its isolation.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fs;
+
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
 
 use super::live::Live;
 use super::start::Place;
-use crate::cgroup::membership;
+use crate::cgroup::{Leaf, membership};
 use crate::error::{AtStep, LaunchError, Step};
 use crate::init::root;
 use crate::init::seccomp::FILTERS;
 use crate::spec::{IDS_PER_JOB, JOB_ID, Kind};
+use crate::uids::RunIds;
 use crate::usage::{Isolation, Namespaces};
+
+/// What can be read back of a sandbox as soon as it is attached, while it goes on with its steps.
+pub(super) struct Seen {
+    /// All but that of cgroups, which it may not have entered yet.
+    namespaces: Namespaces,
+    uid_map: String,
+    cgroups: BTreeMap<String, String>,
+}
+
+/// Reads back what a sandbox has by its birth and its attach.
+pub(super) fn look_early(place: &Place, live: &Live) -> Result<Seen, LaunchError> {
+    let namespaces = Namespaces { cgroup: 0, ..namespaces_of(live.pid).at(Step::VerifyNamespaces)? };
+    require(differ(&namespaces, &place.own_namespaces), Step::VerifyNamespaces)?;
+    require(live.network.is_none_or(|made| made == namespaces.net), Step::VerifyNamespaces)?;
+    let elder = live.zygote.as_ref().map(|zygote| zygote.namespaces);
+    require(elder.is_none_or(|elder| differ(&namespaces, &elder)), Step::VerifyNamespaces)?;
+    let uid_map = read(live.pid, "uid_map").at(Step::VerifyIds)?.split_whitespace().collect::<Vec<_>>().join(" ");
+    require(uid_map == format!("0 {} {IDS_PER_JOB}", live.ids.first), Step::VerifyIds)?;
+    let mut cgroups = membership(&read(live.pid, "cgroup").at(Step::VerifyCgroup)?);
+    cgroups.retain(|name, _| live.leaf.is_governed_by(name));
+    require(live.leaf.holds(&cgroups), Step::VerifyCgroup)?;
+    Ok(Seen { namespaces, uid_map, cgroups: live.leaf.by_controller(cgroups) })
+}
 
 /// The layers of a sandbox whose process `pid` says that it is ready.
 pub(super) fn read_back(place: &Place, live: &Live, pid: Pid) -> Result<Isolation, LaunchError> {
-    let namespaces = namespaces_of(pid).at(Step::VerifyNamespaces)?;
-    let init_namespaces = namespaces_of(live.pid).at(Step::VerifyNamespaces)?;
-    let fresh = namespaces.named().iter().zip(place.own_namespaces.named()).all(|(own, host)| own.1 != host.1);
-    require(live.network.is_none_or(|made| made == namespaces.net), Step::VerifyNamespaces)?;
-    // the pid came from the sandbox: only that it lives in the child's own namespaces makes it the sandbox's
-    require(fresh && namespaces == init_namespaces, Step::VerifyNamespaces)?;
+    let seen = live.seen.as_ref().ok_or(Errno::EPROTO).at(Step::VerifyNamespaces)?;
+    let cgroup = namespace_of(live.pid, "cgroup").at(Step::VerifyNamespaces)?;
+    let namespaces = Namespaces { cgroup, ..seen.namespaces };
+    require(cgroup != place.own_namespaces.cgroup, Step::VerifyNamespaces)?;
 
     let status = Status::of(pid).at(Step::VerifyPrivilege)?;
     let filters = place.own_filters + FILTERS;
     require(status.confined(filters), Step::VerifyPrivilege)?;
     if live.spec.kind == Kind::Native {
+        // the pid came from the sandbox: only that it lives in the child's own namespaces makes it the sandbox's
+        require(namespaces_of(pid).at(Step::VerifyNamespaces)? == namespaces, Step::VerifyNamespaces)?;
         let init = Status::of(live.pid).at(Step::VerifyPrivilege)?;
         require(init.confined(filters), Step::VerifyPrivilege)?;
     } else {
@@ -42,26 +68,59 @@ pub(super) fn read_back(place: &Place, live: &Live, pid: Pid) -> Result<Isolatio
     require(status.field("Groups").is_empty(), Step::VerifyIds)?;
     // as seen from within, where pid 1 leads it
     require(status.field("NSsid").split_whitespace().last() == Some("1"), Step::VerifyIds)?;
-    let uid_map = read(pid, "uid_map").at(Step::VerifyIds)?.split_whitespace().collect::<Vec<_>>().join(" ");
-    require(uid_map == format!("0 {} {IDS_PER_JOB}", live.ids.first), Step::VerifyIds)?;
 
     let mounts = read(pid, "mountinfo").at(Step::VerifyMounts)?;
     require(root::is_whole(live.spec.kind, !place.on_host, &mounts), Step::VerifyMounts)?;
 
-    let mut cgroups = membership(&read(pid, "cgroup").at(Step::VerifyCgroup)?);
-    cgroups.retain(|name, _| live.leaf.is_governed_by(name));
-    require(live.leaf.holds(&cgroups), Step::VerifyCgroup)?;
-
     Ok(Isolation {
         namespaces,
+        recycled_network: live.zygote.as_ref().is_some_and(|zygote| zygote.used_network),
         seccomp: u8::try_from(status.number("Seccomp", 10)).unwrap_or_default(),
         seccomp_filters: u32::try_from(status.number("Seccomp_filters", 10)).unwrap_or_default(),
         no_new_privs: status.number("NoNewPrivs", 10) == 1,
         capabilities: status.capabilities(),
         landlock: true, // `landlock::prove` is a step before readiness
-        uid_map,
-        cgroups: live.leaf.by_controller(cgroups),
+        uid_map: seen.uid_map.clone(),
+        cgroups: seen.cgroups.clone(),
     })
+}
+
+/// The namespaces of a zygote that says that it has loaded its artifact; every layer that it is to have is looked for.
+pub(super) fn read_back_zygote(place: &Place, pid: Pid, run: RunIds, leaf: &Leaf) -> Result<Namespaces, LaunchError> {
+    let namespaces = namespaces_of(pid).at(Step::VerifyNamespaces)?;
+    // of the seventh each sandbox makes its own, once it is attached
+    let apart_from_cgroup = Namespaces { cgroup: 0, ..namespaces };
+    require(differ(&apart_from_cgroup, &place.own_namespaces), Step::VerifyNamespaces)?;
+    let status = Status::of(pid).at(Step::VerifyPrivilege)?;
+    require(status.filtered(place.own_filters + FILTERS - 1), Step::VerifyPrivilege)?;
+    require(status.only_id("Uid", run.first) && status.only_id("Gid", run.first), Step::VerifyIds)?;
+    require(status.field("Groups").is_empty(), Step::VerifyIds)?;
+    let uid_map = read(pid, "uid_map").at(Step::VerifyIds)?.split_whitespace().collect::<Vec<_>>().join(" ");
+    require(uid_map == format!("0 {} {}", run.first, run.count), Step::VerifyIds)?;
+    let mounts = read(pid, "mountinfo").at(Step::VerifyMounts)?;
+    require(root::is_template(&mounts), Step::VerifyMounts)?;
+    let mut cgroups = membership(&read(pid, "cgroup").at(Step::VerifyCgroup)?);
+    cgroups.retain(|name, _| leaf.is_governed_by(name));
+    require(leaf.holds(&cgroups), Step::VerifyCgroup)?;
+    Ok(namespaces)
+}
+
+/// The process of a pidfd that a zygote has sent, if it is this process's own child; else `EPROTO`. A zygote knows no
+/// process but those of its family, and all children of this process but what a zygote has just cloned are in the books.
+pub(super) fn own_child(pidfd: &OwnedFd) -> std::io::Result<Pid> {
+    let unknown = || std::io::Error::from(Errno::EPROTO);
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
+    // another kind of descriptor has no such line, and a dead process -1
+    let pid = info.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse::<i32>().ok());
+    let pid = Pid::from_raw(pid.filter(|pid| *pid > 1).ok_or_else(unknown)?);
+    // of one on its way out too; its last words wait at its gate
+    let own = Status::of(pid)?.number("PPid", 10) == u64::from(std::process::id());
+    if own { Ok(pid) } else { Err(unknown()) }
+}
+
+/// Whether none of the seven namespaces is the same.
+fn differ(one: &Namespaces, other: &Namespaces) -> bool {
+    one.named().iter().zip(other.named()).all(|(one, other)| one.1 != other.1)
 }
 
 fn require(holds: bool, step: Step) -> Result<(), LaunchError> {
@@ -70,13 +129,7 @@ fn require(holds: bool, step: Step) -> Result<(), LaunchError> {
 
 /// The inode numbers of a process's seven namespaces.
 pub(super) fn namespaces_of(pid: Pid) -> std::io::Result<Namespaces> {
-    let inode = |name: &str| -> std::io::Result<u64> {
-        let link = fs::read_link(format!("/proc/{pid}/ns/{name}"))?;
-        let link = link.to_string_lossy();
-        // `mnt:[4026531841]`
-        let number = link.split_once('[').and_then(|(_, rest)| rest.strip_suffix(']'));
-        number.and_then(|n| n.parse().ok()).ok_or_else(|| Errno::EPROTO.into())
-    };
+    let inode = |name| namespace_of(pid, name);
     Ok(Namespaces {
         user: inode("user")?,
         pid: inode("pid")?,
@@ -86,6 +139,15 @@ pub(super) fn namespaces_of(pid: Pid) -> std::io::Result<Namespaces> {
         net: inode("net")?,
         cgroup: inode("cgroup")?,
     })
+}
+
+/// That of one of them.
+fn namespace_of(pid: Pid, name: &str) -> std::io::Result<u64> {
+    let link = fs::read_link(format!("/proc/{pid}/ns/{name}"))?;
+    let link = link.to_string_lossy();
+    // `mnt:[4026531841]`
+    let number = link.split_once('[').and_then(|(_, rest)| rest.strip_suffix(']'));
+    number.and_then(|n| n.parse().ok()).ok_or_else(|| Errno::EPROTO.into())
 }
 
 /// The number of system call filters on a process.
@@ -98,7 +160,7 @@ fn read(pid: Pid, file: &str) -> std::io::Result<String> {
 }
 
 /// `/proc/PID/status`.
-pub(crate) struct Status(HashMap<String, String>);
+pub(crate) struct Status(String);
 
 impl Status {
     fn of(pid: Pid) -> std::io::Result<Self> {
@@ -106,12 +168,12 @@ impl Status {
     }
 
     pub(crate) fn parse(text: &str) -> Self {
-        let fields = text.lines().filter_map(|line| line.split_once(':'));
-        Self(fields.map(|(key, value)| (key.to_owned(), value.trim().to_owned())).collect())
+        Self(text.to_owned())
     }
 
     fn field(&self, key: &str) -> &str {
-        self.0.get(key).map_or("", String::as_str)
+        let value = self.0.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+        value.unwrap_or_default().trim()
     }
 
     /// A numeric field; one that is missing or malformed is the number that no check accepts.
@@ -130,8 +192,13 @@ impl Status {
 
     /// No capability, `no_new_privs`, and seccomp in filter mode with this many filters.
     pub(crate) fn confined(&self, filters: u32) -> bool {
+        self.capabilities() == 0 && self.filtered(filters)
+    }
+
+    /// `no_new_privs`, and seccomp in filter mode with this many filters.
+    fn filtered(&self, filters: u32) -> bool {
         let filtered = self.number("Seccomp", 10) == 2 && self.filters() == Some(filters);
-        self.capabilities() == 0 && self.number("NoNewPrivs", 10) == 1 && filtered
+        self.number("NoNewPrivs", 10) == 1 && filtered
     }
 
     /// Real, effective, saved and file-system id are all `id`.

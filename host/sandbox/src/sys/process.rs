@@ -103,12 +103,12 @@ pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: Signal) -> nix::R
     check(ret).map(drop)
 }
 
-/// Closes every descriptor except those in `keep`, whoever thinks that it owns them.
+/// Closes every descriptor except those in `keep`, and `proc`, a `/proc`, whoever thinks that it owns them.
 ///
 /// For a freshly cloned child only: the copies of its parent's descriptors have no owner in the child but values that
 /// are never dropped there, because the child never returns into the code that holds them.
-pub(crate) fn close_all_except(_proof: &SingleThreaded, keep: &[BorrowedFd<'_>]) -> nix::Result<()> {
-    let mut keep: Vec<libc::c_uint> = keep.iter().map(|fd| fd.as_raw_fd().cast_unsigned()).collect();
+pub(crate) fn close_all_except(_proof: &SingleThreaded, proc: BorrowedFd<'_>, keep: &[RawFd]) -> nix::Result<()> {
+    let mut keep: Vec<libc::c_uint> = keep.iter().chain([&proc.as_raw_fd()]).map(|fd| fd.cast_unsigned()).collect();
     keep.sort_unstable();
     let mut first: libc::c_uint = 0;
     for fd in &keep {
@@ -118,21 +118,23 @@ pub(crate) fn close_all_except(_proof: &SingleThreaded, keep: &[BorrowedFd<'_>])
         first = fd + 1;
     }
     close_range(first, libc::c_uint::MAX)?;
-    nothing_open_except(&keep)
+    // reads back from the kernel that no other is open
+    let stays = |fd: &RawFd| keep.contains(&fd.cast_unsigned());
+    if open_descriptors(proc)?.iter().all(stays) { Ok(()) } else { Err(Errno::EPROTO) }
 }
 
-/// Reads back from the kernel that no other descriptor is open, else `EPROTO`.
-fn nothing_open_except(keep: &[libc::c_uint]) -> nix::Result<()> {
-    let mut open = Dir::open("/proc/self/fd", OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
-    let own = open.as_fd().as_raw_fd().cast_unsigned();
-    for entry in open.iter() {
+/// The descriptors that this process has open. `proc` is a `/proc`.
+pub(crate) fn open_descriptors(proc: BorrowedFd<'_>) -> nix::Result<Vec<RawFd>> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let mut dir = Dir::openat(proc, "self/fd", flags, Mode::empty())?;
+    let own = dir.as_fd().as_raw_fd();
+    let mut open = Vec::new();
+    for entry in dir.iter() {
         // `.` and `..` are no numbers
-        let fd = entry?.file_name().to_str().ok().and_then(|name| name.parse().ok());
-        if fd.is_some_and(|fd| fd != own && !keep.contains(&fd)) {
-            return Err(Errno::EPROTO);
-        }
+        open.extend(entry?.file_name().to_str().ok().and_then(|name| name.parse::<RawFd>().ok()));
     }
-    Ok(())
+    open.retain(|fd| *fd != own);
+    Ok(open)
 }
 
 fn close_range(first: libc::c_uint, last: libc::c_uint) -> nix::Result<()> {
@@ -196,6 +198,14 @@ pub(crate) fn reset_signals() -> nix::Result<()> {
         })?;
     }
     nix::sys::signal::SigSet::empty().thread_set_mask()
+}
+
+/// Waits for one byte. `EPIPE` at the end of file.
+pub(crate) fn wait_for_byte(from: &OwnedFd) -> nix::Result<()> {
+    match nix::unistd::read(from, &mut [0; 1])? {
+        0 => Err(Errno::EPIPE),
+        _ => Ok(()),
+    }
 }
 
 /// What the kernel lets this thread do about speculative store bypass.

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{PipeReader, Read, Write};
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use holm_sandbox::launcher::spawn;
 use holm_sandbox::limits::{Ceiling, Limits};
 use holm_sandbox::name::Name;
 use holm_sandbox::protocol::{FromLauncher, LauncherConfig, ToLauncher, VERSION};
-use holm_sandbox::spec::{Kind, SandboxId, SandboxSpec};
+use holm_sandbox::spec::{ArtifactId, Kind, SandboxId, SandboxSpec};
 use holm_sandbox::usage::{Isolation, SandboxReport};
 use holm_sandbox::wire::Packets;
 use holm_sandbox::workload::JobMessage;
@@ -79,7 +80,23 @@ pub(crate) fn spec(kind: Kind) -> SandboxSpec {
         ceiling: Ceiling::default(),
         kind,
         program: "action".parse().unwrap(),
+        artifact: ArtifactId([7; 32]),
+        fresh_network: false,
         limits: limits(),
+    }
+}
+
+/// What every launcher is configured with.
+pub(crate) fn config(instance: Name, lock_dir: &Path) -> LauncherConfig {
+    let zygote_idle = Duration::from_secs(60);
+    LauncherConfig {
+        version: VERSION,
+        instance,
+        lock_dir: lock_dir.to_owned(),
+        ahead: false,
+        preferred: false,
+        zygotes: 4,
+        zygote_idle,
     }
 }
 
@@ -146,7 +163,7 @@ impl Client {
 
     fn configure(&self, version: u32) -> Result<(), Vec<String>> {
         let instance = self.instance.name.parse().unwrap();
-        let config = LauncherConfig { version, instance, lock_dir: self.lock_dir.path().to_owned(), ahead: false };
+        let config = LauncherConfig { version, ..config(instance, self.lock_dir.path()) };
         self.send(&ToLauncher::Configure(config));
         match self.recv() {
             FromLauncher::Up { .. } => Ok(()),
@@ -257,7 +274,7 @@ impl Client {
         wait_until("the cgroups of ended sandboxes are removed", || self.instance.sandboxes().is_empty());
         // the last descriptors are closed right after
         let (mut last, mut held) = (None, Held::by(self.child.id()));
-        while last.as_ref() != Some(&held) {
+        while last.as_ref() != Some(&held) || held.is_letting_go() {
             std::thread::sleep(at_most(Duration::from_millis(2)));
             last = Some(std::mem::replace(&mut held, Held::by(self.child.id())));
         }
@@ -268,7 +285,8 @@ impl Client {
     pub(crate) fn must_hold(&self, before: &Held) {
         let mut held = self.held();
         let begun = Instant::now();
-        while held != *before && begun.elapsed() < at_most(Duration::from_secs(2)) {
+        // an idle tenant goes after 2 s
+        while held != *before && begun.elapsed() < at_most(Duration::from_secs(6)) {
             held = self.held();
         }
         assert_eq!(held, *before);

@@ -117,9 +117,9 @@ fn a_panic() {
     client.end();
 }
 
-/// A block of uids lasts for 163 tenants; a server on this host has all others.
+/// A block of uids lasts for 161 tenants; a server on this host has all others.
 fn no_uids() {
-    const RUNS: usize = 163;
+    const RUNS: usize = 161;
     let lock = launcher(libc::SYS_fcntl).when(|call| call.args[1] == 37 /* F_OFD_SETLK */).fails(Errno::EAGAIN);
     let mut client = Client::start_under(&[lock]);
     let limits = holm_sandbox::limits::Limits { wall_time: Duration::from_secs(60), ..limits() };

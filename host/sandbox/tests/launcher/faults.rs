@@ -21,6 +21,7 @@ use nix::unistd::Pid;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Who {
     Launcher,
+    Zygote,
     Sandbox,
 }
 
@@ -52,6 +53,11 @@ pub(crate) fn launcher(call: libc::c_long) -> Fault {
 /// `call` of any process in a sandbox.
 pub(crate) fn sandbox(call: libc::c_long) -> Fault {
     Fault { who: Who::Sandbox, ..launcher(call) }
+}
+
+/// `call` of a zygote, or of what keeps its namespaces.
+pub(crate) fn zygote(call: libc::c_long) -> Fault {
+    Fault { who: Who::Zygote, ..launcher(call) }
 }
 
 impl Fault {
@@ -180,7 +186,13 @@ fn decide(armed: &mut [Armed], call: &Call, launcher: Pid) -> Option<Act> {
 /// The sweeper is the launcher's child too, and no sandbox.
 fn in_own_pid_namespace(pid: Pid) -> Option<Who> {
     let namespace = |pid: &str| -> Option<PathBuf> { fs::read_link(format!("/proc/{pid}/ns/pid")).ok() };
-    (namespace(&pid.to_string())? != namespace("self")?).then_some(Who::Sandbox)
+    if namespace(&pid.to_string())? == namespace("self")? {
+        return None;
+    }
+    // its first act is to take this name, a sandbox's to take another
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let zygote = matches!(name.trim_end(), "holm-zygote" | "holm-family");
+    Some(if zygote { Who::Zygote } else { Who::Sandbox })
 }
 
 // `linux/seccomp.h`: _IOWR('!', 0, struct seccomp_notif) and _IOWR('!', 1, struct seccomp_notif_resp)

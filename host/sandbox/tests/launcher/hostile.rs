@@ -3,10 +3,11 @@
 
 use std::io::{IoSlice, pipe};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::Path;
 use std::time::Duration;
 
 use holm_sandbox::limits::{Ceiling, Limits};
-use holm_sandbox::protocol::{FromLauncher, LauncherConfig, ToLauncher, VERSION};
+use holm_sandbox::protocol::{FromLauncher, ToLauncher, VERSION};
 use holm_sandbox::spec::{Kind, SandboxId, SandboxSpec};
 use holm_sandbox::usage::{Exit, KillCause};
 use holm_sandbox::wire::{MAX_PACKET, Packets};
@@ -15,7 +16,7 @@ use libtest_mimic::Trial;
 use nix::errno::Errno::{self, *};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
-use crate::client::{Client, artifact, limits, spec};
+use crate::client::{Client, artifact, config, limits, spec};
 use crate::slowness::at_most;
 use crate::trial;
 
@@ -41,8 +42,7 @@ pub(crate) fn trials() -> Vec<Trial> {
 fn nonsense() -> Vec<(String, Vec<u8>, usize)> {
     let encoded = |message: &ToLauncher| postcard::to_stdvec(message).unwrap();
     let launch = encoded(&ToLauncher::Launch { id: SandboxId(7), spec: spec(Kind::Native) });
-    let config =
-        LauncherConfig { version: VERSION, instance: "another".parse().unwrap(), lock_dir: "/".into(), ahead: false };
+    let config = config("another".parse().unwrap(), Path::new("/"));
     let mut packets = vec![
         ("an_empty_packet".to_owned(), vec![], 0),
         ("an_empty_packet_with_descriptors".to_owned(), vec![], 2),
@@ -105,8 +105,10 @@ fn unknown_ids() {
     let tenant = "nobody".parse().unwrap();
     let ceiling = Ceiling { pids: Some(1), ..Ceiling::default() };
     assert!(client.set_ceiling(tenant, ceiling).is_err(), "out of its range");
-    client.send(&ToLauncher::ForgetCeiling("nobody".parse().unwrap()));
-    for id in [0, 99, u64::MAX >> 2, u64::MAX] {
+    client.send(&ToLauncher::ForgetTenant("nobody".parse().unwrap()));
+    let (tenant, program) = ("nobody".parse().unwrap(), "nothing".parse().unwrap());
+    client.send(&ToLauncher::ForgetProgram { tenant, program });
+    for id in [0, 99, u64::MAX >> 3, u64::MAX] {
         client.send(&ToLauncher::Kill(SandboxId(id)));
     }
     assert_eq!(client.finish(&parked, isolation, "mark").stdout, "ran\n");
@@ -120,13 +122,13 @@ fn ids_in_use() {
     let mut client = Client::start();
     let (parked, isolation) = client.park(spec(Kind::Wasm));
     let before = client.instance.sandboxes();
-    for id in [parked.id, SandboxId((u64::MAX >> 2) + 1), SandboxId(u64::MAX)] {
+    for id in [parked.id, SandboxId((u64::MAX >> 3) + 1), SandboxId(u64::MAX)] {
         client.launch_as(id, spec(Kind::Wasm));
         assert_eq!(client.refused(id), INVALID);
     }
     assert_eq!(client.instance.sandboxes(), before);
     assert_eq!(client.finish(&parked, isolation, "mark").stdout, "ran\n");
-    let highest = SandboxId(u64::MAX >> 2);
+    let highest = SandboxId(u64::MAX >> 3);
     let launched = client.launch_as(highest, spec(Kind::Wasm));
     let isolation = client.ready(highest);
     assert_eq!(client.finish(&launched, isolation, "mark").stdout, "ran\n");

@@ -34,7 +34,9 @@ impl Instance {
     /// The cgroups of its sandboxes.
     pub(crate) fn sandboxes(&self) -> Vec<PathBuf> {
         let tenants = self.cgroups.iter().flat_map(|cgroup| directories(cgroup));
-        tenants.flat_map(|tenant| directories(&tenant)).collect()
+        let leaves = tenants.flat_map(|tenant| directories(&tenant));
+        // zygotes and families are not of any one sandbox
+        leaves.filter(|leaf| leaf.file_name().unwrap().to_str().unwrap().starts_with("sandbox-")).collect()
     }
 
     /// The processes in its sandboxes.
@@ -62,6 +64,11 @@ impl Instance {
 }
 
 impl Held {
+    /// Whether it has a directory open that is removed.
+    pub(crate) fn is_letting_go(&self) -> bool {
+        self.descriptors.iter().any(|descriptor| descriptor.ends_with("(deleted)"))
+    }
+
     pub(crate) fn by(pid: u32) -> Self {
         let text = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
         // one that is closed while it is being looked at is not held

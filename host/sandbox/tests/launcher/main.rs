@@ -18,6 +18,7 @@ mod orders;
 mod slowness;
 mod steps;
 mod stuck;
+mod zygotes;
 
 use libtest_mimic::{Arguments, Trial};
 use nix::unistd::{Gid, setgroups};
@@ -35,6 +36,7 @@ fn main() {
     }
     let mut trials = Vec::new();
     trials.extend(steps::trials());
+    trials.extend(zygotes::trials());
     trials.extend(lies::trials());
     trials.extend(hostile::trials());
     trials.extend(death::trials());

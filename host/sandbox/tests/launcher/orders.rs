@@ -224,7 +224,7 @@ fn frozen_without_sandboxes() {
     let report = client.ended(newborn.id);
     assert_eq!((report.started, report.killed), (false, Some(KillCause::Requested)));
     // its name may be another's then
-    client.send(&ToLauncher::ForgetCeiling("acme".parse().unwrap()));
+    client.send(&ToLauncher::ForgetTenant("acme".parse().unwrap()));
     assert_eq!(client.run(spec(Kind::Native), "mark").stdout, "ran\n");
     client.end();
 }

@@ -38,7 +38,9 @@ fn stuck_sandboxes() {
     const DEADLINE: Duration = Duration::from_secs(10);
     let hang = sandbox(libc::SYS_close_range).hangs();
     let mut client = Client::start_under(&[hang]);
-    client.run(spec(Kind::Native), "mark");
+    for kind in [Kind::Native, Kind::Wasm] {
+        client.run(spec(kind), "mark");
+    }
     let before = client.held();
 
     let begun = Instant::now();

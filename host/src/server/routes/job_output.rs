@@ -8,11 +8,12 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use futures_util::Stream;
+use futures_util::{Stream, TryStreamExt};
 use serde_json::{Value, json};
 use tokio_util::io::ReaderStream;
 
-use crate::job::{Finished, JobRecord, Outcome};
+use crate::admission::Permit;
+use crate::job::{Finished, JobRecord, Outcome, Output};
 use crate::launcher::Content;
 use crate::limit::Limit;
 use crate::plugin::Plugin;
@@ -50,7 +51,7 @@ pub(super) async fn representation(finished: Finished, operator: bool) -> Result
     let shown = if operator { record.clone() } else { record.clone().for_tenant() };
     let mut object = json!(shown);
     object["stderr_tail"] = Value::from(String::from_utf8_lossy(&stderr_tail));
-    let body = match output {
+    let body = match output.content {
         Content::Memory(bytes) => {
             match std::str::from_utf8(&bytes) {
                 Ok(text) => object["output"] = Value::from(text),
@@ -58,7 +59,10 @@ pub(super) async fn representation(finished: Finished, operator: bool) -> Result
             }
             Body::from(object.to_string())
         }
-        Content::File(file) => large(&object, file).await.map_err(|error| Problem::internal(&error))?,
+        Content::File(file) => {
+            let body = large(&object, file).await.map_err(|error| Problem::internal(&error))?;
+            with_place(body, output.place)
+        }
     };
     let mut response = Response::new(body);
     let headers = response.headers_mut();
@@ -128,8 +132,8 @@ fn add_facts(headers: &mut HeaderMap, record: &JobRecord) {
 }
 
 /// Output as a body, with its length.
-async fn raw(output: Content) -> io::Result<(Body, u64)> {
-    match output {
+async fn raw(output: Output) -> io::Result<(Body, u64)> {
+    match output.content {
         Content::Memory(bytes) => {
             let length = bytes.len() as u64;
             Ok((Body::from(bytes), length))
@@ -137,9 +141,15 @@ async fn raw(output: Content) -> io::Result<(Body, u64)> {
         Content::File(mut file) => {
             let length = file.metadata()?.len();
             file.rewind()?;
-            Ok((Body::from_stream(ReaderStream::with_capacity(tokio::fs::File::from_std(file), PIECE)), length))
+            let body = Body::from_stream(ReaderStream::with_capacity(tokio::fs::File::from_std(file), PIECE));
+            Ok((with_place(body, output.place), length))
         }
     }
+}
+
+/// A body that gives `place` up when it is dropped.
+fn with_place(body: Body, place: Option<Permit>) -> Body {
+    Body::from_stream(body.into_data_stream().inspect_ok(move |_| _ = &place))
 }
 
 /// The JSON object `head` with a large output as one more member, never whole in memory.

@@ -14,6 +14,7 @@ mod tenants;
 
 use axum::Router;
 use axum::body::Body;
+use axum::extract::{FromRequestParts, State};
 use axum::http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use axum::middleware::{Next, from_fn};
 use axum::response::IntoResponse;
@@ -27,6 +28,7 @@ use utoipa_axum::routes;
 use super::app::App;
 use super::exchange::header_bytes;
 use super::problem::{Code, Problem};
+use crate::tenant::Caller;
 
 /// The longest URI.
 const MAX_URI_BYTES: usize = 8 * 1024;
@@ -52,7 +54,7 @@ pub(super) fn router(app: App) -> Router {
     functions::PATHS
         .iter()
         .fold(router, |router, path| router.route(path, any(functions::call)))
-        .fallback(async || Problem::not_found())
+        .fallback(nothing)
         .method_not_allowed_fallback(other_method)
         .layer(from_fn(check_size))
         .with_state(app)
@@ -91,6 +93,15 @@ fn api() -> OpenApiRouter<App> {
 #[must_use]
 pub fn openapi() -> Document {
     api().to_openapi()
+}
+
+/// What is no route at all. Below `/v1` nobody without a key is told so.
+async fn nothing(State(app): State<App>, request: Request<Body>) -> Problem {
+    let (mut parts, _) = request.into_parts();
+    match Caller::from_request_parts(&mut parts, &app).await {
+        Err(unauthenticated) if parts.uri.path().starts_with("/v1/") => unauthenticated,
+        _ => Problem::not_found(),
+    }
 }
 
 /// `OPTIONS` on what exists, and everything that a resource does not have. The router adds `Allow`.

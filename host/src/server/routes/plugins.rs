@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::{IntoParams, ToSchema};
 
-use super::tenants::patched;
+use super::tenants::{patched, to_its_end};
 use crate::admission::AdmissionError;
 use crate::limit::{Limits, Runtime};
 use crate::plugin::{Interface, Plugin, PluginSettings};
@@ -21,7 +21,8 @@ use crate::server::app::{App, Params, Query, invalid_name};
 use crate::server::body::{
     BodyError, PacedBody, media_type, parse_object, read_json, refuse_encoding, refuse_longer_than, too_large,
 };
-use crate::server::conditions::{Conditions, etag, etag_header};
+use crate::server::conditions::{Conditions, Tries, etag, etag_header};
+use crate::server::crowd::Member;
 use crate::server::form::{Form, FormError, Part, whole_bytes};
 use crate::server::problem::{Code, Problem};
 use crate::store::{Change, Precondition, StoreError};
@@ -122,7 +123,7 @@ pub(super) async fn put(
     let name = name.parse().map_err(|error| invalid_name(&error))?;
     let query = query.get()?;
     let conditions = Conditions::of(&headers)?;
-    let (upload, manifest) = receive_upload(&app, &tenant, &headers, body).await?;
+    let (_place, upload, manifest) = receive_upload(&app, &tenant, &headers, body).await?;
     let (runtime, maximums) = (upload.runtime, tenant.job_maximums(&app.job_maximums));
     // a manifest is the whole of what is set; an artifact alone keeps what was set before
     let kept = || match &manifest {
@@ -177,21 +178,38 @@ pub(super) async fn patch(
     body: Body,
 ) -> Result<Response, Problem> {
     let tenant = app.tenant(&caller, &tenant)?;
-    let now = existing(&app, &tenant, &name)?;
+    existing(&app, &tenant, &name)?;
     let conditions = Conditions::of(&headers)?;
     let patch: Map<String, Value> = read_json(&headers, body, app.connections.reading).await?;
-    let settings: PluginSettings = patched(&now.settings, patch)?;
+    let mut tries = Tries::of(&conditions);
+    loop {
+        let now = existing(&app, &tenant, &name)?;
+        let done = lay_over(&app, &tenant, &now, patch.clone(), conditions.clone()).await;
+        if !tries.go_on(&done) {
+            return done;
+        }
+    }
+}
+
+/// Lays a patch over what is there now, and stores the whole if that is still there then.
+async fn lay_over(
+    app: &App,
+    tenant: &Tenant,
+    now: &Plugin,
+    patch: Map<String, Value>,
+    conditions: Conditions,
+) -> Result<Response, Problem> {
+    let settings: PluginSettings = patched(&now.settings, patch, PluginSettings::knows)?;
     settings.check(&now.settings, now.runtime, &tenant.job_maximums(&app.job_maximums))?;
     let interface = settings.interface_of(now.exports)?;
-    let plugin = Plugin { settings, interface, updated_at: Timestamp::now(), ..(*now).clone() };
-    // what was patched must still be there, whatever else the request demands
-    let seen = plugin_etag(&now);
+    let plugin = Plugin { settings, interface, updated_at: Timestamp::now(), ..now.clone() };
+    let seen = plugin_etag(now);
     let allowed: Precondition<Plugin> = Box::new(move |plugin| {
         let tag = plugin.map(plugin_etag);
         tag.as_ref() == Some(&seen) && conditions.hold(tag.as_deref())
     });
     app.store.set_plugin(plugin.clone(), allowed).await?;
-    Ok(answer(&app, StatusCode::OK, &tenant, &plugin))
+    Ok(answer(app, StatusCode::OK, tenant, &plugin))
 }
 
 /// Deletes a plugin; its running jobs are ended.
@@ -207,9 +225,12 @@ pub(super) async fn delete(
     let tenant = app.tenant(&caller, &tenant)?;
     let now = existing(&app, &tenant, &name)?;
     let allowed = precondition(Conditions::of(&headers)?);
-    app.store.delete_plugin(now.tenant.clone(), now.name.clone(), allowed).await?;
-    app.jobs.end_all_of(&now.tenant, Some(&now.name));
-    Ok(StatusCode::NO_CONTENT)
+    to_its_end(async move {
+        app.store.delete_plugin(now.tenant.clone(), now.name.clone(), allowed).await?;
+        app.jobs.end_all_of(&now.tenant, &now.name);
+        Ok(StatusCode::NO_CONTENT)
+    })
+    .await
 }
 
 /// A plugin of the tenant.
@@ -218,23 +239,25 @@ pub(super) fn existing(app: &App, tenant: &Tenant, name: &str) -> Result<Arc<Plu
     plugin.ok_or_else(Problem::not_found)
 }
 
-/// Receives the artifact, and the manifest if there is one.
+/// Receives the artifact, and the manifest if there is one, in a place among the tenant's uploads.
 async fn receive_upload(
     app: &App,
     tenant: &Tenant,
     headers: &HeaderMap,
     body: Body,
-) -> Result<(Upload, Option<PluginSettings>), Problem> {
+) -> Result<(Member, Upload, Option<PluginSettings>), Problem> {
     refuse_encoding(headers)?;
     let most = tenant.quota().get(QuotaKey::ArtifactBytes);
     if media_type(headers).as_deref() != Some("multipart/form-data") {
         refuse_longer_than(headers, most)?;
+        let place = app.join_uploads(tenant)?;
         let body = PacedBody::new(body, app.connections.reading);
         let upload = receive(app.store.dir(), most, body).await.map_err(|error| not_received(error, Problem::from))?;
-        return Ok((upload, None));
+        return Ok((place, upload, None));
     }
     let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     refuse_longer_than(headers, whole_bytes(most))?;
+    let place = app.join_uploads(tenant)?;
     let body = PacedBody::new(body, app.connections.reading);
     let mut form = Form::new(body, content_type, most)?;
     let (mut upload, mut manifest) = (None, None);
@@ -248,7 +271,7 @@ async fn receive_upload(
         }
     }
     let upload = upload.ok_or_else(|| Problem::malformed("multipart: the part `artifact` is missing"))?;
-    Ok((upload, manifest))
+    Ok((place, upload, manifest))
 }
 
 impl From<FormError> for Problem {

@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 use crate::limit::{Limit, Runtime};
 use crate::server::app::{App, Params};
 use crate::server::body::{parse_object, read_json};
-use crate::server::conditions::{Conditions, etag, etag_header, merge_patch};
+use crate::server::conditions::{Conditions, Tries, etag, etag_header, merge_patch};
 use crate::server::problem::Problem;
 use crate::store::{Change, Precondition, StoreError};
 use crate::tenant::{Caller, QuotaKey, Tenant, TenantRow, TenantSettings};
@@ -94,21 +94,36 @@ pub(super) async fn patch(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
-    let tenant = existing(&app, &caller, &name)?;
+    existing(&app, &caller, &name)?;
     let conditions = Conditions::of(&headers)?;
     let patch: Map<String, Value> = read_json(&headers, body, app.connections.reading).await?;
-    let settings: TenantSettings = patched(&tenant.row().settings, patch)?;
-    settings.check(&tenant.row().settings, &app.job_maximums)?;
-    let now = tenant.row();
+    let mut tries = Tries::of(&conditions);
+    loop {
+        let tenant = existing(&app, &caller, &name)?;
+        let done = lay_over(&app, tenant.row(), patch.clone(), conditions.clone()).await;
+        if !tries.go_on(&done) {
+            return done;
+        }
+    }
+}
+
+/// Lays a patch over what is there now, and stores the whole if that is still there then.
+async fn lay_over(
+    app: &App,
+    now: &TenantRow,
+    patch: Map<String, Value>,
+    conditions: Conditions,
+) -> Result<Response, Problem> {
+    let settings: TenantSettings = patched(&now.settings, patch, TenantSettings::knows)?;
+    settings.check(&now.settings, &app.job_maximums)?;
     let row = TenantRow { settings, ..now.clone() };
-    // what was patched must still be there, whatever else the request demands
     let seen = row_etag(now);
     let allowed: Precondition<TenantRow> = Box::new(move |row| {
         let tag = row.map(row_etag);
         tag.as_ref() == Some(&seen) && conditions.hold(tag.as_deref())
     });
-    store(&app, row.clone(), allowed).await?;
-    Ok(answer(&app, StatusCode::OK, &row))
+    store(app, row.clone(), allowed).await?;
+    Ok(answer(app, StatusCode::OK, &row))
 }
 
 /// Deletes a tenant with everything that it has; its running jobs are ended.
@@ -121,20 +136,30 @@ pub(super) async fn delete(
     headers: HeaderMap,
 ) -> Result<StatusCode, Problem> {
     let tenant = existing(&app, &caller, &name)?;
-    let name = tenant.name().clone();
-    app.store.delete_tenant(name.clone(), precondition(Conditions::of(&headers)?)).await?;
-    app.jobs.forget(&name).await;
-    app.launcher.forget_ceiling(name);
-    Ok(StatusCode::NO_CONTENT)
+    let (name, allowed) = (tenant.name().clone(), precondition(Conditions::of(&headers)?));
+    to_its_end(async move {
+        let _one_at_a_time = app.tenant_changes.lock().await;
+        app.store.delete_tenant(name.clone(), allowed).await?;
+        app.jobs.forget(&name).await;
+        app.compiler.forget(&name);
+        app.launcher.forget_tenant(name);
+        Ok(StatusCode::NO_CONTENT)
+    })
+    .await
+}
+
+/// Does a change in a task of its own: a client that goes away leaves no half of it.
+pub(super) async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Problem>> + Send + 'static,
+) -> Result<T, Problem> {
+    tokio::spawn(work).await.unwrap_or_else(|error| Err(Problem::internal(&error)))
 }
 
 /// Makes the kernel hold a tenant to its settings, then stores them. What the kernel will not have is not stored; what
 /// is not stored, the kernel holds nobody to.
-///
-/// In a task of its own: a client that goes away leaves no half of it.
 async fn store(app: &App, row: TenantRow, allowed: Precondition<TenantRow>) -> Result<Change, Problem> {
     let app = app.clone();
-    let work = tokio::spawn(async move {
+    to_its_end(async move {
         let _one_at_a_time = app.tenant_changes.lock().await;
         let name = row.name.clone();
         // whoever asks for a state that is not there is told so without an effect on what runs
@@ -156,8 +181,8 @@ async fn store(app: &App, row: TenantRow, allowed: Precondition<TenantRow>) -> R
             app.launcher.set_ceiling(name, before).await?;
         }
         Ok(stored?)
-    });
-    work.await.unwrap_or_else(|error| Err(Problem::internal(&error)))
+    })
+    .await
 }
 
 /// An existing tenant, for the operator.
@@ -175,8 +200,12 @@ fn row_etag(row: &TenantRow) -> String {
     etag(&(&row.name, &row.settings, row.created_at))
 }
 
-/// Lays a merge patch over settings.
-pub(super) fn patched<T>(settings: &T, patch: Map<String, Value>) -> Result<T, Problem>
+/// Lays a merge patch over settings, of which `knows` tells whether a section of them has a member of some name.
+pub(super) fn patched<T>(
+    settings: &T,
+    patch: Map<String, Value>,
+    knows: impl Fn(&str, &str) -> bool,
+) -> Result<T, Problem>
 where
     T: Serialize + serde::de::DeserializeOwned + Default,
 {
@@ -185,6 +214,11 @@ where
     let probe: Map<String, Value> =
         patch.iter().filter(|(_, v)| v.is_null()).map(|(k, v)| (k.clone(), v.clone())).collect();
     check_names::<T>(&probe)?;
+    for (section, members) in patch.iter().filter_map(|(section, value)| Some((section, value.as_object()?))) {
+        if let Some((name, _)) = members.iter().find(|(name, value)| value.is_null() && !knows(section, name)) {
+            return Err(Problem::malformed(format!("JSON: `{section}` has no `{name}`")));
+        }
+    }
     merge_patch(&mut target, Value::Object(patch));
     parse_object(target.to_string().as_bytes())
 }

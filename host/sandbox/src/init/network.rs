@@ -1,0 +1,167 @@
+//! Network namespaces of a zygote's sandboxes. An empty one serves again: to make one costs more than the rest of a clone.
+//!
+//! Each is made by the zygote, so that it belongs to the tenant's user namespace and no sandbox has a capability in it; its
+//! `lo` is down and stays down. When a sandbox is dead, its namespace is compared with what it was when it was new: sockets
+//! of every family, counters of every protocol and device. One that is not as it was is thrown away. None ever leaves its
+//! zygote, and so its tenant.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::fcntl::{OFlag, openat};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::stat::Mode;
+
+use super::proc::Proc;
+use super::zygote::Choice;
+use crate::spec::SandboxId;
+
+/// Empty ones that are kept at most: what a burst of jobs may find. Each holds some 50 KiB of kernel memory.
+const KEPT: usize = 8;
+
+/// What is made ahead while nobody waits.
+const AHEAD: usize = 1;
+
+/// Files that must read as they did when the namespace was new, as far as they are about the namespace. Missing ones are
+/// as good as empty: IPv6 may be off.
+const FILES: [&str; 7] = [
+    "self/net/sockstat",
+    "self/net/sockstat6",
+    "self/net/unix",
+    "self/net/netlink",
+    "self/net/snmp",
+    "self/net/snmp6",
+    "self/net/dev",
+];
+
+/// Longer than any of them is in an empty namespace.
+const MAX_FILE: u64 = 16 * 1024;
+
+/// The namespaces of one zygote.
+#[derive(Debug)]
+pub(super) struct Networks {
+    /// The zygote's own, in which no sandbox ever is.
+    own: OwnedFd,
+    empty: Vec<Network>,
+    lent: HashMap<SandboxId, Network>,
+}
+
+#[derive(Debug)]
+struct Network {
+    fd: OwnedFd,
+    /// What [`FILES`] said of it when it was new.
+    newborn: Vec<u8>,
+    used: bool,
+}
+
+impl Networks {
+    /// Moves this process into a namespace of its own.
+    pub(super) fn start(proc: &Proc) -> nix::Result<Self> {
+        unshare(CloneFlags::CLONE_NEWNET)?;
+        Ok(Self { own: own(proc)?, empty: Vec::new(), lent: HashMap::new() })
+    }
+
+    /// Moves into the namespace that the sandbox is to be cloned in, if there is an empty one.
+    pub(super) fn choose(&mut self, id: SandboxId, fresh: bool) -> Choice {
+        let found = self.empty.iter().rposition(|network| !(fresh && network.used));
+        let Some(mut network) = found.map(|index| self.empty.swap_remove(index)) else { return Choice::OfTheClone };
+        if enter(&network.fd).is_err() {
+            return Choice::OfTheClone;
+        }
+        let choice = if network.used { Choice::Used } else { Choice::New };
+        network.used = true;
+        self.lent.insert(id, network);
+        choice
+    }
+
+    /// Moves back home.
+    pub(super) fn leave(&self) {
+        // it has been there; and what is cloned next is cloned from where [`Networks::choose`] goes
+        let _ = enter(&self.own);
+    }
+
+    /// The sandbox is dead: keeps its namespace if there is nothing in it.
+    pub(super) fn give_back(&mut self, id: SandboxId, proc: &Proc) {
+        let Some(network) = self.lent.remove(&id) else { return };
+        if self.empty.len() < KEPT && enter(&network.fd).is_ok() {
+            if look(proc).is_ok_and(|now| now == network.newborn) {
+                self.empty.push(network);
+            }
+            self.leave();
+        }
+    }
+
+    /// Makes one ahead, if there is none.
+    pub(super) fn provide(&mut self, proc: &Proc) {
+        if self.empty.len() >= AHEAD {
+            return;
+        }
+        let made = unshare(CloneFlags::CLONE_NEWNET).and_then(|()| {
+            let fd = own(proc)?;
+            let newborn = look(proc)?;
+            Ok(Network { fd, newborn, used: false })
+        });
+        // without one, the clone makes its own
+        self.empty.extend(made.ok());
+        self.leave();
+    }
+}
+
+fn enter(network: &OwnedFd) -> nix::Result<()> {
+    setns(network, CloneFlags::CLONE_NEWNET)
+}
+
+/// This process's network namespace.
+fn own(proc: &Proc) -> nix::Result<OwnedFd> {
+    openat(proc.as_fd(), "self/ns/net", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
+}
+
+/// What [`FILES`] say of this process's network namespace.
+fn look(proc: &Proc) -> nix::Result<Vec<u8>> {
+    let mut seen = Vec::new();
+    for name in FILES {
+        let Ok(file) = openat(proc.as_fd(), name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()) else {
+            continue;
+        };
+        let start = seen.len();
+        let read = File::from(file).take(MAX_FILE).read_to_end(&mut seen);
+        read.map_err(|error| crate::sys::process::errno_of(&error))?;
+        if name.contains("sockstat") {
+            let own = own_counts(&seen[start..]);
+            seen.truncate(start);
+            seen.extend(own);
+        }
+    }
+    Ok(seen)
+}
+
+/// What of the text of `sockstat` is about the namespace: `orphan`, `alloc` and `mem` are the whole machine's.
+fn own_counts(text: &[u8]) -> Vec<u8> {
+    let text = String::from_utf8_lossy(text);
+    let mut counts = String::new();
+    for line in text.lines() {
+        let mut words = line.split_whitespace();
+        counts.push_str(words.next().unwrap_or_default());
+        while let (Some(key), Some(value)) = (words.next(), words.next()) {
+            if matches!(key, "used" | "inuse" | "tw" | "memory") {
+                counts.extend([" ", key, " ", value]);
+            }
+        }
+        counts.push('\n');
+    }
+    counts.into_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::own_counts;
+
+    #[test]
+    fn counts_of_the_whole_machine_are_left_out() {
+        let text = "sockets: used 3\nTCP: inuse 1 orphan 5 tw 2 alloc 900 mem 77\nUDP: inuse 0 mem 9\nFRAG: inuse 0 memory 0\n";
+        let own = "sockets: used 3\nTCP: inuse 1 tw 2\nUDP: inuse 0\nFRAG: inuse 0 memory 0\n";
+        assert_eq!(String::from_utf8(own_counts(text.as_bytes())).unwrap(), own);
+    }
+}

@@ -1,0 +1,384 @@
+//! Zygotes: one for each artifact in use, of which its sandboxes are cloned. See `init::zygote` for what one is.
+//!
+//! The launcher asks, and never waits: a sandbox that is asked for is [`Expected`] until its zygote has told of it, and has
+//! the same deadline as any other. A zygote that dies takes no sandbox along; those that it still owed are asked of a new
+//! one, once.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sched::{CloneFlags, setns};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+
+use super::families::FamilyId;
+use super::live::{READY_WITHIN, reap};
+use super::verify;
+use super::{Launcher, Source};
+use crate::cgroup::Leaf;
+use crate::error::{AtStep, LaunchError, Step};
+use crate::init::seccomp::Filters;
+use crate::init::zygote::{self, ZygoteBirth};
+use crate::name::Name;
+use crate::spawn::{FromZygote, ToZygote};
+use crate::spec::{ArtifactId, SandboxId, SandboxSpec};
+use crate::sys::process::{Cloned, clone3, pidfd_send_signal};
+use crate::uids::JobIds;
+use crate::usage::{KillCause, Namespaces};
+use crate::wire::{Packets, RecvError};
+
+/// Sandboxes that a zygote is asked for before it has answered: as many requests as its socket has room for, many
+/// times over, and few enough for none to wait long behind another's clone.
+const ASKED_AT_ONCE: usize = 16;
+
+/// Messages taken from one zygote before others are looked after.
+const MESSAGES: usize = 64;
+
+/// How often idle zygotes are looked for.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// A zygote's number. Never used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct ZygoteId(pub(super) u64);
+
+/// What sandboxes must have in common to be cloned from the same zygote.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Key {
+    family: FamilyId,
+    program: Name,
+    artifact: ArtifactId,
+    stack_bytes: u64,
+}
+
+/// A living zygote.
+pub(super) struct Zygote {
+    key: Key,
+    pid: Pid,
+    pub(super) pidfd: OwnedFd,
+    socket: Packets,
+    pub(super) leaf: Leaf,
+    /// Its own, once it has loaded its artifact.
+    pub(super) namespaces: Option<Namespaces>,
+    /// Those that it has not been asked for yet.
+    pub(super) waiting: VecDeque<SandboxId>,
+    asked: usize,
+    /// Sandboxes of it that live.
+    pub(super) sandboxes: usize,
+    /// When it was made, or could go on.
+    pub(super) since: Instant,
+    pub(super) used: Instant,
+    pub(super) failure: Option<LaunchError>,
+}
+
+impl Zygote {
+    pub(super) fn family(&self) -> FamilyId {
+        self.key.family
+    }
+}
+
+impl Launcher<'_> {
+    /// Whether this is a zygote's pid.
+    pub(super) fn has_zygote(&self, pid: Pid) -> bool {
+        self.zygotes.values().any(|zygote| zygote.pid == pid)
+    }
+
+    pub(super) fn zygote_for(
+        &mut self,
+        spec: &SandboxSpec,
+        ids: &JobIds,
+        artifact: &OwnedFd,
+    ) -> Result<ZygoteId, LaunchError> {
+        let family = self.family_for(spec, ids.run)?;
+        let key = Key {
+            family,
+            program: spec.program.clone(),
+            artifact: spec.artifact,
+            stack_bytes: spec.limits.stack_bytes,
+        };
+        let found = self.zygotes.iter().find(|(_, zygote)| zygote.key == key && zygote.failure.is_none());
+        if let Some((id, _)) = found {
+            return Ok(*id);
+        }
+        let room = self.make_room_for_zygote();
+        let artifact = room.and_then(|()| artifact.try_clone().at(Step::MakeZygote));
+        let made = artifact.and_then(|artifact| self.make_zygote(key, spec, artifact));
+        if made.is_err() {
+            self.let_family_go(family);
+        }
+        made
+    }
+
+    /// Ends the zygote that has been of no use for the longest, if there are as many as there may be.
+    fn make_room_for_zygote(&mut self) -> Result<(), LaunchError> {
+        if self.zygotes.len() < self.limits.zygotes {
+            return Ok(());
+        }
+        let unneeded = self.zygotes.iter().filter(|(_, zygote)| zygote.waiting.is_empty() && zygote.asked == 0);
+        let oldest = unneeded.min_by_key(|(_, zygote)| zygote.used).map(|(id, _)| *id);
+        match oldest {
+            Some(id) => {
+                self.end_zygote(id);
+                Ok(())
+            }
+            None => Err(Errno::EAGAIN).at(Step::MakeZygote),
+        }
+    }
+
+    fn make_zygote(&mut self, key: Key, spec: &SandboxSpec, artifact: OwnedFd) -> Result<ZygoteId, LaunchError> {
+        let id = ZygoteId(self.next_number());
+        let leaf = self.own_leaf(spec, &format!("zygote-{}", id.0)).at(Step::MakeZygote)?;
+        match self.clone_zygote(id, &key, spec, artifact, &leaf) {
+            Ok((pid, pidfd, socket)) => {
+                let now = Instant::now();
+                self.join_family(key.family);
+                let (namespaces, waiting, asked, sandboxes, failure) = (None, VecDeque::new(), 0, 0, None);
+                let zygote = Zygote {
+                    key,
+                    pid,
+                    pidfd,
+                    socket,
+                    leaf,
+                    namespaces,
+                    waiting,
+                    asked,
+                    sandboxes,
+                    since: now,
+                    used: now,
+                    failure,
+                };
+                self.zygotes.insert(id, zygote);
+                self.look_at_zygotes =
+                    Some(self.look_at_zygotes.map_or(now + LOOK_EVERY, |at| at.min(now + LOOK_EVERY)));
+                Ok(id)
+            }
+            Err(error) => {
+                self.remove(leaf);
+                Err(error)
+            }
+        }
+    }
+
+    fn clone_zygote(
+        &mut self,
+        id: ZygoteId,
+        key: &Key,
+        spec: &SandboxSpec,
+        artifact: OwnedFd,
+        leaf: &Leaf,
+    ) -> Result<(Pid, OwnedFd, Packets), LaunchError> {
+        let family = self.families.get(&key.family).ok_or(Errno::ESRCH).at(Step::MakeZygote)?;
+        let family = family.pidfd.try_clone().at(Step::MakeZygote)?;
+        let (socket, theirs) = Packets::pair().at(Step::MakeZygote)?;
+        socket.set_nonblocking().at(Step::MakeZygote)?;
+        let null = self.null.try_clone().at(Step::MakeZygote)?;
+        let filters = self.filters.entry(spec.kind).or_insert_with(|| Rc::new(Filters::compile(spec.kind))).clone();
+        // its parent is this process, all the same
+        setns(&family, CloneFlags::CLONE_NEWPID).at(Step::MakeZygote)?;
+        let cloned = clone3(&self.proof, CloneFlags::empty(), leaf.birthplace());
+        if matches!(cloned, Ok(Cloned::Child)) {
+            let birth = ZygoteBirth { spec: spec.clone(), filters, socket: theirs, family, artifact, null };
+            zygote::live(birth, &self.proof, self.workload)
+        }
+        if setns(&self.place.own_pids, CloneFlags::CLONE_NEWPID).is_err() {
+            // whatever is cloned from here on would be in the family too
+            self.unfit = true;
+        }
+        let Cloned::Parent { pid, pidfd } = cloned.at(Step::MakeZygote)? else {
+            return Err(Errno::ENOTRECOVERABLE).at(Step::MakeZygote);
+        };
+        let ready = self
+            .watch(pidfd.as_fd(), Source::ZygoteExit(id))
+            .and_then(|()| self.watch(socket.as_fd(), Source::Zygote(id)))
+            .and_then(|()| leaf.attach(pid))
+            .at(Step::MakeZygote)
+            .and_then(|()| socket.send(&ToZygote::Begin, NO_FDS).at(Step::MakeZygote));
+        match ready {
+            Ok(()) => Ok((pid, pidfd, socket)),
+            Err(error) => {
+                let _ = pidfd_send_signal(pidfd.as_fd(), Signal::SIGKILL);
+                self.strangers_until = self.strangers_from_now();
+                Err(error)
+            }
+        }
+    }
+
+    /// Asks a zygote for as many of the sandboxes that it owes as it may be asked for at once.
+    pub(super) fn ask(&mut self, id: ZygoteId) {
+        let Some(zygote) = self.zygotes.get_mut(&id) else { return };
+        while zygote.namespaces.is_some() && zygote.asked < ASKED_AT_ONCE {
+            let Some(next) = zygote.waiting.pop_front() else { return };
+            let Some(expected) = self.expected.get_mut(&next) else { continue };
+            let spawn = ToZygote::Spawn {
+                id: next,
+                limits: expected.spec.limits,
+                first_id: expected.ids.within_run(),
+                fresh_network: expected.spec.fresh_network,
+            };
+            match zygote.socket.send(&spawn, &expected.ends) {
+                Ok(()) => {
+                    expected.asked = true;
+                    zygote.asked += 1;
+                }
+                // its next answer makes room
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && zygote.asked > 0 => {
+                    zygote.waiting.push_front(next);
+                    return;
+                }
+                // its death is told by its pidfd, and this one is then asked of another
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return,
+                Err(error) => {
+                    let errno = crate::sys::process::errno_of(&error);
+                    self.give_up_expected(next, LaunchError { step: Step::Spawn, errno: errno as i32 });
+                    return self.ask(id);
+                }
+            }
+        }
+    }
+
+    /// Takes what a zygote says.
+    pub(super) fn read_zygote(&mut self, id: ZygoteId) {
+        for _ in 0..MESSAGES {
+            let Some(zygote) = self.zygotes.get_mut(&id) else { return };
+            let mut buffer = [0; 128];
+            let received = match zygote.socket.recv_into(&mut buffer, FromZygote::fds) {
+                Ok(received) => received,
+                Err(RecvError::Empty) => return,
+                // its death is told by its pidfd
+                Err(_) => return self.end_zygote(id),
+            };
+            let understood = match received.value {
+                FromZygote::Loaded => self.take_up_zygote(id),
+                FromZygote::Failed(error) => {
+                    zygote.failure.get_or_insert(error);
+                    true
+                }
+                FromZygote::Refused { id: sandbox, error } => self.refuse_expected(id, sandbox, error),
+                FromZygote::Spawned { id: sandbox, used_network, mapped } => {
+                    let pidfd = received.fds.into_iter().next();
+                    pidfd.is_some_and(|pidfd| self.take_spawned(id, sandbox, pidfd, used_network, mapped))
+                }
+            };
+            if !understood {
+                return self.end_zygote(id);
+            }
+        }
+    }
+
+    /// A zygote says that it is confined and loaded: it is looked at, and asked for what it owes.
+    fn take_up_zygote(&mut self, id: ZygoteId) -> bool {
+        let Some(zygote) = self.zygotes.get_mut(&id) else { return true };
+        let Some(family) = self.families.get(&zygote.key.family) else { return false };
+        match verify::read_back_zygote(&self.place, zygote.pid, family.run, &zygote.leaf) {
+            Ok(namespaces) if zygote.namespaces.is_none() => {
+                zygote.namespaces = Some(namespaces);
+                self.ask(id);
+                true
+            }
+            Ok(_) => false,
+            Err(error) => {
+                // one that is not there any more is to blame for nothing
+                let vanished = [Errno::ENOENT, Errno::ESRCH].contains(&Errno::from_raw(error.errno));
+                zygote.failure.get_or_insert(if vanished { GONE } else { error });
+                false
+            }
+        }
+    }
+
+    pub(super) fn answered(&mut self, id: ZygoteId) {
+        if let Some(zygote) = self.zygotes.get_mut(&id) {
+            zygote.asked -= 1;
+        }
+        self.ask(id);
+    }
+
+    /// Kills a zygote. What it still owes is seen to when it is dead.
+    pub(super) fn end_zygote(&mut self, id: ZygoteId) {
+        if let Some(zygote) = self.zygotes.get_mut(&id) {
+            zygote.failure.get_or_insert(GONE);
+            let _ = pidfd_send_signal(zygote.pidfd.as_fd(), Signal::SIGKILL);
+            let _ = zygote.leaf.freeze(false);
+        }
+    }
+
+    /// Ends the zygotes of a tenant, or of one of its programs. What they owe, somebody has asked for since.
+    pub(super) fn end_zygotes_of(&mut self, tenant: &Name, program: Option<&Name>) {
+        let of = |zygote: &Zygote| {
+            zygote.leaf.tenant() == tenant && program.is_none_or(|program| zygote.key.program == *program)
+        };
+        let ids: Vec<ZygoteId> = self.zygotes.iter().filter(|(_, zygote)| of(zygote)).map(|(id, _)| *id).collect();
+        for id in ids {
+            self.end_zygote(id);
+        }
+    }
+
+    /// A zygote is dead: what it still owes is asked of another, unless that is to blame itself.
+    pub(super) fn bury_zygote(&mut self, id: ZygoteId) {
+        self.read_zygote(id); // its last words may still be there
+        let Some(zygote) = self.zygotes.get(&id) else { return };
+        if reap(&zygote.pidfd).is_none() {
+            return;
+        }
+        let Some(zygote) = self.zygotes.remove(&id) else { return };
+        // what it has cloned and not told of waits at a gate that nobody opens, and ends
+        self.strangers_until = self.strangers_from_now();
+        let owed = self.expected.iter().filter(|(_, expected)| expected.zygote == id).map(|(id, _)| *id);
+        let owed: Vec<SandboxId> = owed.collect();
+        let short_of_memory = zygote.leaf.oom_kills() > 0;
+        for sandbox in owed {
+            if short_of_memory && let Some(expected) = self.expected.get_mut(&sandbox) {
+                expected.killed.get_or_insert(KillCause::Memory);
+            }
+            let failure = zygote.failure.unwrap_or(GONE);
+            let to_blame = short_of_memory || failure != GONE;
+            if to_blame || self.expect_again(sandbox).is_err() {
+                self.give_up_expected(sandbox, failure);
+            }
+        }
+        self.remove(zygote.leaf);
+        self.leave_family(zygote.key.family);
+    }
+
+    /// Ends zygotes that have been idle, and those that do not come to load their artifact. Returns when to look again.
+    pub(super) fn look_at_zygotes(&mut self, now: Instant) -> Option<Instant> {
+        let due = self.look_at_zygotes?;
+        if now < due {
+            return Some(due);
+        }
+        let idle = self.limits.zygote_idle;
+        let done = |zygote: &Zygote| match zygote.namespaces {
+            None => now >= zygote.since + READY_WITHIN && !self.tree.freezes(zygote.leaf.tenant()),
+            Some(_) => {
+                let busy = zygote.sandboxes + zygote.asked + zygote.waiting.len() > 0;
+                !busy && now >= zygote.used + idle
+            }
+        };
+        let done: Vec<ZygoteId> = self.zygotes.iter().filter(|(_, zygote)| done(zygote)).map(|(id, _)| *id).collect();
+        for id in done {
+            self.end_zygote(id);
+        }
+        self.look_at_zygotes = (!self.zygotes.is_empty()).then(|| now + LOOK_EVERY);
+        self.look_at_zygotes
+    }
+
+    /// A sandbox that it has cloned is dead.
+    pub(super) fn tell_zygote(&mut self, id: ZygoteId, buried: SandboxId) {
+        if let Some(zygote) = self.zygotes.get_mut(&id) {
+            zygote.sandboxes -= 1;
+            zygote.used = Instant::now();
+            match zygote.socket.send(&ToZygote::Buried(buried), NO_FDS) {
+                // then the network namespace does not serve again
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => self.end_zygote(id),
+                _ => {}
+            }
+        }
+    }
+}
+
+const NO_FDS: &[OwnedFd] = &[];
+
+/// The zygote died, by nothing that it could tell.
+pub(super) const GONE: LaunchError = LaunchError { step: Step::Spawn, errno: Errno::EPIPE as i32 };
