@@ -20,6 +20,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("a_frozen_tenant_s_sandboxes_stand_still_those_to_come_included", frozen_tenant),
         trial("an_order_of_its_own_outlasts_the_tenant_s_freeze", frozen_twice),
         trial("a_tenant_without_sandboxes_can_be_frozen_and_deleted", frozen_without_sandboxes),
+        trial("what_a_frozen_tenant_s_zygote_owes_can_be_killed_and_comes_when_it_is_thawed", owed_while_frozen),
         trial("frozen_sandboxes_end_with_their_launcher", ends_frozen),
         trial("limits_change_while_it_runs_and_end_it_if_it_has_passed_them", changed_limits),
         trial("limits_that_cannot_be_changed_are_refused_by_name", unchangeable_limits),
@@ -130,7 +131,9 @@ fn frozen() {
 
 fn killed_while_frozen() {
     let mut client = Client::start();
-    client.run(spec(Kind::Native), "mark");
+    for kind in Kind::ALL {
+        client.run(spec(kind), "mark");
+    }
     let before = client.held();
     for by_tenant in [false, true] {
         for kind in Kind::ALL {
@@ -227,6 +230,27 @@ fn frozen_without_sandboxes() {
     client.send(&ToLauncher::ForgetTenant("acme".parse().unwrap()));
     assert_eq!(client.run(spec(Kind::Native), "mark").stdout, "ran\n");
     client.end();
+}
+
+fn owed_while_frozen() {
+    for zygote_is_there in [false, true] {
+        let mut client = Client::start();
+        if zygote_is_there {
+            client.run(spec(Kind::Wasm), "mark");
+        }
+        assert_eq!(client.freeze_tenant(true), Ok(Answer::Done));
+        let [killed, stays] = [(); 2].map(|()| client.launch(spec(Kind::Wasm)));
+        std::thread::sleep(Duration::from_millis(50));
+        let since = Instant::now();
+        client.send(&ToLauncher::Kill(killed.id));
+        let report = client.ended(killed.id);
+        assert_eq!((report.started, report.killed), (false, Some(KillCause::Requested)));
+        assert!(since.elapsed() < at_most(Duration::from_secs(1)), "{:?}", since.elapsed());
+        assert_eq!(client.freeze_tenant(false), Ok(Answer::Done));
+        let isolation = client.ready(stays.id);
+        assert_eq!(client.finish(&stays, isolation, "mark").stdout, "ran\n");
+        client.end();
+    }
 }
 
 fn ends_frozen() {
