@@ -152,8 +152,6 @@ struct Launcher<'w> {
     look_at_zygotes: Option<Instant>,
     /// Until when children are looked for that nobody has told of.
     strangers_until: Option<Instant>,
-    /// What is cloned from here on would not be what it is meant to be.
-    unfit: bool,
     /// When which sandbox has to be looked at. Each has one entry at most, the one in its `alarm`.
     alarms: BTreeSet<(Instant, SandboxId)>,
     /// Cgroups of dead sandboxes, to be removed when there is nothing else to do.
@@ -207,7 +205,7 @@ impl Launcher<'_> {
         }
         self.ring_alarms(Instant::now());
         serving &= self.outbox.flush();
-        Ok(serving && !self.unfit)
+        Ok(serving)
     }
 
     /// Waits for events, or until something is due.

@@ -12,11 +12,12 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
+use nix::sys::prctl;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use super::families::FamilyId;
-use super::live::{READY_WITHIN, reap};
+use super::live::{READY_WITHIN, reap, wait_for_end};
 use super::verify;
 use super::{Launcher, Source};
 use crate::cgroup::Leaf;
@@ -26,7 +27,7 @@ use crate::init::zygote::{self, ZygoteBirth};
 use crate::name::Name;
 use crate::spawn::{FromZygote, ToZygote};
 use crate::spec::{ArtifactId, SandboxId, SandboxSpec};
-use crate::sys::process::{Cloned, clone3, pidfd_send_signal};
+use crate::sys::process::{Cloned, clone3, exit_now, pidfd_send_signal};
 use crate::uids::JobIds;
 use crate::usage::{KillCause, Namespaces};
 use crate::wire::{Packets, RecvError};
@@ -156,6 +157,8 @@ impl Launcher<'_> {
                 Ok(id)
             }
             Err(error) => {
+                // what has been cloned all the same ends, as nobody bids it begin
+                self.strangers_until = self.strangers_from_now();
                 self.remove(leaf);
                 Err(error)
             }
@@ -176,20 +179,21 @@ impl Launcher<'_> {
         socket.set_nonblocking().at(Step::MakeZygote)?;
         let null = self.null.try_clone().at(Step::MakeZygote)?;
         let filters = self.filters.entry(spec.kind).or_insert_with(|| Rc::new(Filters::compile(spec.kind))).clone();
-        // its parent is this process, all the same
-        setns(&family, CloneFlags::CLONE_NEWPID).at(Step::MakeZygote)?;
-        let cloned = clone3(&self.proof, CloneFlags::empty(), leaf.birthplace());
-        if matches!(cloned, Ok(Cloned::Child)) {
-            let birth = ZygoteBirth { spec: spec.clone(), filters, socket: theirs, family, artifact, null };
-            zygote::live(birth, &self.proof, self.workload)
+        let (report, reporter) = Packets::pair().at(Step::MakeZygote)?;
+        match clone3(&self.proof, CloneFlags::empty(), None).at(Step::MakeZygote)? {
+            Cloned::Child => {
+                let birth = ZygoteBirth { spec: spec.clone(), filters, socket: theirs, family, artifact, null };
+                self.clone_in_family(birth, &reporter, leaf)
+            }
+            // it does two calls and ends
+            Cloned::Parent { pidfd, .. } => wait_for_end(&pidfd).at(Step::MakeZygote)?,
         }
-        if setns(&self.place.own_pids, CloneFlags::CLONE_NEWPID).is_err() {
-            // whatever is cloned from here on would be in the family too
-            self.unfit = true;
-        }
-        let Cloned::Parent { pid, pidfd } = cloned.at(Step::MakeZygote)? else {
-            return Err(Errno::ENOTRECOVERABLE).at(Step::MakeZygote);
-        };
+        drop(reporter);
+        let told = report.recv(|told: &Result<(), LaunchError>| usize::from(told.is_ok()));
+        let told = told.map_err(|_| Errno::EPIPE).at(Step::MakeZygote)?;
+        told.value?;
+        let pidfd = told.fds.into_iter().next().ok_or(Errno::EPROTO).at(Step::MakeZygote)?;
+        let pid = verify::own_child(&pidfd).at(Step::MakeZygote)?;
         let ready = self
             .watch(pidfd.as_fd(), Source::ZygoteExit(id))
             .and_then(|()| self.watch(socket.as_fd(), Source::Zygote(id)))
@@ -200,10 +204,25 @@ impl Launcher<'_> {
             Ok(()) => Ok((pid, pidfd, socket)),
             Err(error) => {
                 let _ = pidfd_send_signal(pidfd.as_fd(), Signal::SIGKILL);
-                self.strangers_until = self.strangers_from_now();
                 Err(error)
             }
         }
+    }
+
+    /// The life of a process between the launcher and a zygote. What enters a pid namespace for its children needs
+    /// privilege over its own to come back, which an ordinary user's launcher does not have; so this one enters, and its
+    /// child is the launcher's.
+    fn clone_in_family(&self, birth: ZygoteBirth, reporter: &Packets, leaf: &Leaf) -> ! {
+        let cloned = prctl::set_name(c"holm-zygote")
+            .and_then(|()| setns(&birth.family, CloneFlags::CLONE_NEWPID))
+            .and_then(|()| clone3(&self.proof, CloneFlags::CLONE_PARENT, leaf.birthplace()));
+        // should it not be heard, the launcher knows by this process's end
+        let _ = match cloned.at(Step::MakeZygote) {
+            Ok(Cloned::Child) => zygote::live(birth, &self.proof, self.workload),
+            Ok(Cloned::Parent { pidfd, .. }) => reporter.send(&Ok::<(), LaunchError>(()), &[pidfd]),
+            Err(error) => reporter.send(&Err::<(), LaunchError>(error), NO_FDS),
+        };
+        exit_now(0)
     }
 
     /// Asks a zygote for as many of the sandboxes that it owes as it may be asked for at once.
