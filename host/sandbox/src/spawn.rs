@@ -20,6 +20,12 @@ use crate::error::LaunchError;
 use crate::limits::Limits;
 use crate::spec::SandboxId;
 
+/// Longer than any message of the launcher's, in bytes.
+pub(crate) const MAX_LAUNCHER_MESSAGE: usize = 512;
+
+/// Longer than any of a zygote's.
+pub(crate) const MAX_ZYGOTE_MESSAGE: usize = 128;
+
 /// From the launcher.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum ToZygote {

@@ -1,4 +1,4 @@
-//! Packets between server, launcher and sandboxes, taken from a socket as each end takes them. The input is a letter for
+//! Packets between server, launcher, zygotes and sandboxes, taken from a socket as each end takes them. The input is a letter for
 //! who reads, a digit for the number of descriptors that come along, and the packet.
 #![no_main]
 
@@ -8,7 +8,7 @@ use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd};
 
 use holm_runtime::invocation::{Invocation, Report};
-use holm_sandbox::fuzzing::{read_gate, read_opening};
+use holm_sandbox::fuzzing::{read_gate, read_opening, read_spawn, read_zygote};
 use holm_sandbox::limits::Limits;
 use holm_sandbox::protocol::{FromLauncher, Order, ToLauncher};
 use holm_sandbox::wire::{MAX_PACKET, Packets, RecvError};
@@ -41,6 +41,8 @@ fuzz_target!(|bytes: &[u8]| {
         }
         b'g' => gate(packet, descriptors),
         b'o' => drop(read_opening(&arrived(packet, descriptors))),
+        b'z' => drop(read_zygote(&arrived(packet, descriptors))),
+        b'c' => drop(read_spawn(&arrived(packet, descriptors))),
         _ => {}
     }
     assert_eq!(lowest_free_fd(), before, "a descriptor is left");

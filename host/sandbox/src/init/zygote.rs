@@ -25,7 +25,7 @@ use super::{enter, stand_alone, take_hostname};
 use crate::error::{AtStep, LaunchError, Step};
 use crate::gate::SandboxGate;
 use crate::limits::Limits;
-use crate::spawn::{FromZygote, ToZygote};
+use crate::spawn::{FromZygote, MAX_LAUNCHER_MESSAGE, ToZygote};
 use crate::spec::{IDS_PER_JOB, SandboxSpec};
 use crate::sys::mount::{MountAttr, new_mount};
 use crate::sys::process::{
@@ -42,9 +42,6 @@ const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER
     .union(CloneFlags::CLONE_NEWUTS)
     .union(CloneFlags::CLONE_NEWIPC)
     .union(CloneFlags::CLONE_PARENT);
-
-/// Longer than any message of the launcher's.
-const MAX_MESSAGE: usize = 512;
 
 /// All that a zygote needs, made by the launcher before the clone.
 pub(crate) struct ZygoteBirth {
@@ -106,7 +103,7 @@ impl Zygote {
         let keep = [socket.as_raw_fd(), family.as_raw_fd(), artifact.as_raw_fd(), null.as_raw_fd()];
         stand_alone(proof, &hosts_proc, &keep, &null)?;
         reset_signals().at(Step::TakeIdentity)?;
-        match socket.recv_into(&mut [0; MAX_MESSAGE], ToZygote::fds) {
+        match socket.recv_into(&mut [0; MAX_LAUNCHER_MESSAGE], ToZygote::fds) {
             Ok(received) if received.value == ToZygote::Begin => {}
             _ => return Err(Errno::EPROTO).at(Step::WaitGate),
         }
@@ -147,7 +144,7 @@ impl Zygote {
             socket.send(&message, fds).map_err(|error| crate::sys::process::errno_of(&error)).at(Step::ReportReady)
         };
         tell(FromZygote::Loaded, NO_FDS)?;
-        let mut buffer = [0; MAX_MESSAGE];
+        let mut buffer = [0; MAX_LAUNCHER_MESSAGE];
         loop {
             let received = match socket.recv_into(&mut buffer, ToZygote::fds) {
                 Ok(received) => received,

@@ -26,7 +26,7 @@ use crate::init::seccomp::Filters;
 use crate::init::zygote::{self, ZygoteBirth};
 use crate::name::Name;
 use crate::protocol::FromLauncher;
-use crate::spawn::{FromZygote, ToZygote};
+use crate::spawn::{FromZygote, MAX_ZYGOTE_MESSAGE, ToZygote};
 use crate::spec::{ArtifactId, SandboxId, SandboxSpec};
 use crate::sys::process::{Cloned, clone3, exit_now, pidfd_send_signal};
 use crate::uids::JobIds;
@@ -262,7 +262,7 @@ impl Launcher<'_> {
     pub(super) fn read_zygote(&mut self, id: ZygoteId) {
         for _ in 0..MESSAGES {
             let Some(zygote) = self.zygotes.get_mut(&id) else { return };
-            let mut buffer = [0; 128];
+            let mut buffer = [0; MAX_ZYGOTE_MESSAGE];
             let received = match zygote.socket.recv_into(&mut buffer, FromZygote::fds) {
                 Ok(received) => received,
                 Err(RecvError::Empty) => return,
