@@ -14,7 +14,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use holm::inside::{LAUNCHER, launcher_main};
 use holm_sandbox::ceiling::{DeviceNumber, DeviceRule, IoLimit};
 use holm_sandbox::cgroup::hierarchy::Layout;
 use holm_sandbox::limits::Ceiling;
@@ -42,9 +41,6 @@ const LIMITS: [(&str, &str, &str); 12] = [
 
 fn main() {
     let args: Vec<String> = std::env::args().collect();
-    if args[0] == LAUNCHER {
-        std::process::exit(launcher_main());
-    }
     if let [_, side, name] = &args[..]
         && side == SIDE
     {

@@ -11,7 +11,6 @@ use std::fs::File;
 use std::thread::sleep;
 use std::time::Duration;
 
-use holm::inside::{LAUNCHER, launcher_main};
 use holm_sandbox::spec::Kind;
 use support::figures::Figures;
 use support::floor::{self, FLOOR, Floor};
@@ -34,11 +33,7 @@ struct Bench {
 }
 
 fn main() {
-    let args: Vec<String> = std::env::args().collect();
-    if args[0] == LAUNCHER {
-        std::process::exit(launcher_main());
-    }
-    if args.get(1).is_some_and(|word| word == FLOOR) {
+    if std::env::args().nth(1).is_some_and(|word| word == FLOOR) {
         return floor::serve();
     }
     let floor = Floor::start();

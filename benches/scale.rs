@@ -6,7 +6,6 @@
 
 mod support;
 
-use std::path::Path;
 use std::thread::{scope, sleep};
 use std::time::Duration;
 
@@ -29,38 +28,56 @@ const CONNECTIONS: usize = 16;
 const TURNS: usize = 4;
 const TURN: Duration = Duration::from_millis(2500);
 
-/// Tenants where there are many, and how many of them have a sandbox parked.
+/// Tenants where there are many.
 const TENANTS: usize = 1000;
-const PARKED: usize = 500;
+
+/// Tenants that have sandboxes parked, and plugins of each: no plugin is asked for so often here that more than one waits.
+const PARKING_TENANTS: usize = 5;
+const PARKING_PLUGINS: usize = 100;
 
 /// What a job gives and takes at once.
 const BODY: usize = 64 << 20;
 
+/// In which the last sandboxes that are to be parked are made.
+const SETTLED: Duration = Duration::from_millis(500);
+
 const MIB: f64 = (1 << 20) as f64;
 
+/// What is measured. Names of them as arguments have only those measured: `cargo bench --bench scale -- soak`.
+const PARTS: [(&str, fn(&mut Figures)); 6] = [
+    ("open-loop", open_loop),
+    ("closed-loop", closed_loop),
+    ("bodies", bodies),
+    ("tenants", tenants),
+    ("parked", parked),
+    ("soak", soak),
+];
+
 fn main() {
-    if std::env::args().nth(1).is_some_and(|word| word == FLOOR) {
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    if words.first().is_some_and(|word| word == FLOOR) {
         return floor::serve();
     }
-    let mut workers = [Floor::start(), Floor::start()];
-    println!("\n{}. {}", proc::machine(), workers[0].words());
+    println!("\n{}", proc::machine());
     let mut figures = Figures::of_this_run();
-    {
-        let server = Server::start(&[]);
-        server.upload(TENANT, "hello", HTTP_HELLO.artifact);
-        let peer = WasmtimeServe::start(HTTP_HELLO.artifact);
-        open_loop(&mut figures, &server, &peer);
-        closed_loop(&mut figures, &server, &peer, &mut workers);
-        bodies(&mut figures, &server);
+    let asked_for = |name: &str| words.is_empty() || words.iter().any(|word| word == name);
+    for (_, measure) in PARTS.into_iter().filter(|(name, _)| asked_for(name)) {
+        measure(&mut figures);
     }
-    many_tenants(&mut figures);
-    soak(&mut figures);
     figures.print();
 }
 
+/// A server with the function.
+fn with_function(settings: &[(&str, &str)]) -> Server {
+    let server = Server::start(settings);
+    server.upload(TENANT, "hello", HTTP_HELLO.artifact);
+    server
+}
+
 /// A function at a rate that the clock gives. What is late counts from when it was due.
-fn open_loop(figures: &mut Figures, server: &Server, peer: &Result<WasmtimeServe, String>) {
-    let own = server.function("hello");
+fn open_loop(figures: &mut Figures) {
+    let server = with_function(&[]);
+    let (own, peer) = (server.function("hello"), WasmtimeServe::start(HTTP_HELLO.artifact));
     let (mut times, mut theirs) = (Vec::new(), Vec::new());
     for turn in 0..=TURNS {
         let one = own.open_loop(RATE, TURN);
@@ -81,19 +98,21 @@ fn open_loop(figures: &mut Figures, server: &Server, peer: &Result<WasmtimeServe
         }
         Err(reason) => {
             print_table(&format!("A Wasm component at {RATE} requests/s, open loop"), [&times]);
-            ["fn-p50", "fn-p99"].into_iter().for_each(|name| figures.absent(name, reason));
+            ["fn-p50", "fn-p99"].into_iter().for_each(|name| figures.absent(name, &reason));
         }
     }
 }
 
 /// As many requests as a number of connections can, one after the other.
-fn closed_loop(figures: &mut Figures, server: &Server, peer: &Result<WasmtimeServe, String>, workers: &mut [Floor]) {
-    let own = server.function("hello");
+fn closed_loop(figures: &mut Figures) {
+    let server = with_function(&[]);
+    let (own, peer) = (server.function("hello"), WasmtimeServe::start(HTTP_HELLO.artifact));
+    let mut workers = [Floor::start(), Floor::start()];
     let [mut holm, mut theirs, mut raw] = [const { Vec::new() }; 3];
     for turn in 0..=TURNS {
         let one = own.closed_loop(CONNECTIONS, usize::MAX, TURN).0;
         let other = peer.as_ref().map(|peer| peer.requests.closed_loop(CONNECTIONS, usize::MAX, TURN).0);
-        let floor = floor::rate(workers, TURN);
+        let floor = floor::rate(&mut workers, TURN);
         if turn > 0 {
             holm.push(one);
             theirs.extend(other);
@@ -113,12 +132,13 @@ fn closed_loop(figures: &mut Figures, server: &Server, peer: &Result<WasmtimeSer
     figures.measured("rate-floor", one / median("raw clone3 by 2 workers", &mut raw));
     match peer {
         Ok(_) => figures.measured("rate-peer", one / median("wasmtime serve", &mut theirs)),
-        Err(reason) => figures.absent("rate-peer", reason),
+        Err(reason) => figures.absent("rate-peer", &reason),
     }
 }
 
 /// A large body through a job and back, and what of it the server keeps in memory.
-fn bodies(figures: &mut Figures, server: &Server) {
+fn bodies(figures: &mut Figures) {
+    let server = Server::start(&[]);
     let limits = format!(r#"{{"input_bytes": {BODY}, "output_bytes": {BODY}}}"#);
     let body = vec![7; BODY];
     println!("\n64 MiB through a job that gives its input back\n");
@@ -140,32 +160,15 @@ fn bodies(figures: &mut Figures, server: &Server) {
     figures.measured("body-memory", most);
 }
 
-/// What it costs a job that there are many tenants, and what a sandbox costs that waits.
-fn many_tenants(figures: &mut Figures) {
-    let parked = PARKED.to_string();
-    let settings = [
-        ("HOLM_PARKED_SANDBOXES", parked.as_str()),
-        ("HOLM_PARKED_IDLE_MS", "600000"),
-        ("HOLM_ZYGOTES", parked.as_str()),
-        ("HOLM_ZYGOTE_IDLE_MS", "600000"),
-    ];
-    let (few, many) = (Server::start(&settings), Server::start(&settings));
-    for server in [&few, &many] {
-        server.upload(TENANT, "hello", HTTP_HELLO.artifact);
-    }
-    let name = |number: usize| format!("tenant-{number}");
-    let register = |first: usize| {
-        for number in (first..TENANTS).step_by(4) {
-            many.tenant(&name(number));
-            many.upload(&name(number), "module", EMPTY_MODULE.as_bytes());
-        }
-    };
+/// What it costs a job that there are many tenants.
+fn tenants(figures: &mut Figures) {
+    let (few, many) = (with_function(&[]), with_function(&[]));
+    // one is the tenant that is measured
     let registering = timed(|| {
-        scope(|scope| {
-            // one is the tenant that is measured
-            for first in 1..=4 {
-                scope.spawn(move || register(first));
-            }
+        in_parallel(TENANTS - 1, |number| {
+            let name = format!("tenant-{number}");
+            many.tenant(&name);
+            many.upload(&name, "module", EMPTY_MODULE.as_bytes());
         });
     });
     println!("\n{} tenants and plugins were registered in {:.0} s.", TENANTS - 1, registering.as_secs_f64());
@@ -179,42 +182,65 @@ fn many_tenants(figures: &mut Figures) {
     });
     print_table("A warm Wasm component by `/fn`, one plugin a tenant", &times);
     figures.measured("tenants", ratio(times[1].p50(), times[0].p50()));
+}
 
-    sleep(Duration::from_millis(200));
-    let components = private_memory(&few.sandboxes());
-    let (sandboxes, available) = (many.sandboxes().len(), proc::available_bytes());
+/// Does something for each number, a few at a time.
+fn in_parallel(numbers: usize, work: impl Fn(usize) + Sync) {
+    const AT_ONCE: usize = 4;
+    let work = &work;
+    scope(|scope| {
+        for first in 0..AT_ONCE {
+            scope.spawn(move || (first..numbers).step_by(AT_ONCE).for_each(work));
+        }
+    });
+}
+
+/// What a sandbox costs that waits, and how many can.
+fn parked(figures: &mut Figures) {
+    let most = PARKING_TENANTS * PARKING_PLUGINS;
+    let all = (most + 50).to_string();
+    let server = with_function(&[
+        ("HOLM_PARKED_SANDBOXES", &all),
+        ("HOLM_PARKED_IDLE_MS", "600000"),
+        ("HOLM_ZYGOTES", &all),
+        ("HOLM_ZYGOTE_IDLE_MS", "600000"),
+    ]);
+    println!("\nParked sandboxes\n\n| | parked | private memory of one, MiB |\n|---|---:|---:|");
+    server.function("hello").open_loop(RATE, TURN);
+    sleep(SETTLED);
+    let components = server.sandboxes();
+    figures.measured("parked-component", private_memory("Wasm component", &components));
+
+    let place = |number: usize| (format!("tenant-{}", number % PARKING_TENANTS), format!("module-{number}"));
+    (0..PARKING_TENANTS).for_each(|number| server.tenant(&place(number).0));
+    in_parallel(most, |number| server.upload(&place(number).0, &place(number).1, EMPTY_MODULE.as_bytes()));
+    let available = proc::available_bytes();
     // the second job of a plugin has one parked for the third
-    for number in (1..=PARKED).flat_map(|number| [number, number]) {
-        many.job_of(&name(number), "module", "{}", b"");
+    for (tenant, plugin) in (0..most).flat_map(|number| [number, number]).map(place) {
+        server.job_of(&tenant, &plugin, "{}", b"");
     }
-    sleep(Duration::from_secs(1));
-    let all = many.sandboxes();
-    let taken = available.saturating_sub(proc::available_bytes()) as f64 / MIB;
-    let modules = private_memory(&all);
-    println!("\nParked sandboxes, each of a tenant of its own\n");
-    println!("| | parked | private memory of one, MiB |\n|---|---:|---:|");
-    println!("| Wasm component | {} | {components:.3} |", few.sandboxes().len());
-    println!("| Wasm modules | {} | {modules:.3} |", all.len());
-    let each = taken / (all.len() - sandboxes).max(1) as f64;
-    println!(
-        "\nThe machine has {each:.2} MiB less for each, its tenant's zygote and all that the kernel keeps included."
-    );
-    figures.measured("parked-component", components);
-    figures.measured("parked-module", modules);
+    sleep(SETTLED);
+    let all = server.sandboxes();
+    let modules: Vec<u32> = all.iter().filter(|pid| !components.contains(pid)).copied().collect();
     figures.measured("parked", all.len() as f64);
+    figures.measured("parked-module", private_memory("Wasm modules, one of each plugin", &modules));
+    let taken = available.saturating_sub(proc::available_bytes()) as f64 / MIB / modules.len().max(1) as f64;
+    println!("\nThe machine has {taken:.2} MiB less for each, its plugin's zygote and what the kernel keeps included.");
+    println!("The launcher has {} descriptors open.", proc::open_files(server.launcher()));
 }
 
 /// The mean of some processes, in MiB.
-fn private_memory(pids: &[u32]) -> f64 {
+fn private_memory(what: &str, pids: &[u32]) -> f64 {
     let sum: u64 = pids.iter().map(|pid| proc::private_bytes(*pid)).sum();
-    sum as f64 / MIB / pids.len().max(1) as f64
+    let mean = sum as f64 / MIB / pids.len().max(1) as f64;
+    println!("| {what} | {} | {mean:.3} |", pids.len());
+    mean
 }
 
 /// Many jobs in one go, and what is more than before when they are over. `HOLM_BENCH_JOBS` says how many.
 fn soak(figures: &mut Figures) {
     let jobs = setting("HOLM_BENCH_JOBS", 5000);
-    let server = Server::start(&[("HOLM_PARKED_IDLE_MS", "500"), ("HOLM_ZYGOTE_IDLE_MS", "500")]);
-    server.upload(TENANT, "hello", HTTP_HELLO.artifact);
+    let server = with_function(&[("HOLM_PARKED_IDLE_MS", "500"), ("HOLM_ZYGOTE_IDLE_MS", "500")]);
     let function = server.function("hello");
     let run = |jobs: usize| function.closed_loop(CONNECTIONS, jobs.div_ceil(CONNECTIONS), Duration::from_secs(3600));
     run(2000); // by then it keeps as many records as it ever will
@@ -241,7 +267,7 @@ impl Held {
         server.settle();
         let (pid, launcher) = (server.pid(), server.launcher());
         let mib = |bytes: u64| bytes as f64 / MIB;
-        let cgroups: usize = server.cgroups().iter().map(|dir: &std::path::PathBuf| below(Path::new(dir)).len()).sum();
+        let cgroups: usize = server.cgroups().iter().map(|dir| below(dir).len()).sum();
         Self([
             ("descriptors of the server", proc::open_files(pid) as f64, 0.0),
             ("descriptors of the launcher", proc::open_files(launcher) as f64, 0.0),

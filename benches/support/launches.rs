@@ -1,15 +1,15 @@
-//! Drives a launcher as the server does, without HTTP. The bench is its own launcher, as `holm` is.
+//! Drives a launcher, `holm`'s own, as the server does, without HTTP.
 
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::OwnedFd;
-use std::process::Child;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use holm::inside::LAUNCHER;
 use holm_runtime::invocation::Invocation;
 use holm_sandbox::ceiling::CeilingError;
-use holm_sandbox::launcher::spawn;
 use holm_sandbox::limits::{Ceiling, Limits};
 use holm_sandbox::probe::wait_up;
 use holm_sandbox::protocol::{FromLauncher, LauncherConfig, ToLauncher, VERSION};
@@ -38,7 +38,10 @@ pub struct Took {
 impl Launches {
     /// Starts a launcher that other benches' are told from by `name`.
     pub fn start(name: &str) -> Self {
-        let (launcher, child) = spawn(LAUNCHER).unwrap();
+        let (launcher, theirs) = Packets::pair().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_holm"));
+        command.arg0(LAUNCHER).env_clear().current_dir("/");
+        let child = command.stdin(OwnedFd::from(theirs)).stdout(Stdio::null()).spawn().unwrap();
         let config = LauncherConfig {
             version: VERSION,
             instance: format!("bench-{name}-{}", std::process::id()).parse().unwrap(),
