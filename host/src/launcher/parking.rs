@@ -20,6 +20,9 @@ use super::{Launcher, Sandbox, SandboxError};
 /// machine until then.
 const REFILL_AFTER: Duration = Duration::from_millis(2);
 
+/// How long after a job was seen to wait for a sandbox of its own it is looked whether one still does.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
 /// How much of the near future is provided for: jobs that come within this time find a sandbox each. Some ten launches.
 const LEAD: Duration = Duration::from_millis(50);
 
@@ -225,7 +228,7 @@ impl Inner {
     fn next_to_make(&self, key: &(Name, Name)) -> Option<(SandboxSpec, Arc<File>)> {
         let now = Instant::now();
         let mut lots = self.lots();
-        let full = lots.parked >= self.rules.in_all || self.waiting.load(Ordering::Relaxed) > 0;
+        let full = lots.parked >= self.rules.in_all;
         let lot = lots.lots.get_mut(key)?;
         let enough = full || lot.parked.len() >= lot.wanted(&self.rules, now) || now < lot.not_before;
         let Some(artifact) = lot.artifact.clone().filter(|_| !enough) else {
@@ -263,6 +266,10 @@ impl Inner {
 async fn refill_soon(inner: Arc<Inner>, key: (Name, Name)) {
     loop {
         sleep(REFILL_AFTER).await;
+        while inner.waiting.load(Ordering::Relaxed) > 0 {
+            // that job may be the plugin's last for now: were this given up, its next would find none
+            sleep(LOOK_AGAIN).await;
+        }
         let Some((recipe, artifact)) = inner.next_to_make(&key) else { return };
         let made = inner.make(&recipe, &artifact).await;
         inner.park(&key, &recipe, made);
