@@ -108,6 +108,7 @@ fn closed_loop(figures: &mut Figures) {
     let server = with_function(&[]);
     let (own, peer) = (server.function("hello"), WasmtimeServe::start(HTTP_HELLO.artifact));
     let mut workers = [Floor::start(), Floor::start()];
+    println!("\n{}", workers[0].words());
     let [mut holm, mut theirs, mut raw] = [const { Vec::new() }; 3];
     for turn in 0..=TURNS {
         let one = own.closed_loop(CONNECTIONS, usize::MAX, TURN).0;

@@ -136,9 +136,9 @@ impl Server {
 
     /// Waits until no sandbox is parked any more and nothing that they were cloned from is left.
     pub fn settle(&self) {
-        let deadline = Instant::now() + Duration::from_secs(60);
-        // what stays: the launcher, and its sweeper
-        while descendants(self.pid()).len() > 2 && Instant::now() < deadline {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.cgroups().iter().any(|dir| !below(dir).is_empty()) {
+            assert!(Instant::now() < deadline, "the server keeps {:?}", self.cgroups());
             std::thread::sleep(Duration::from_millis(100));
         }
     }
