@@ -38,13 +38,12 @@ const PARKING_PLUGINS: usize = 100;
 /// What a job gives and takes at once.
 const BODY: usize = 64 << 20;
 
-/// In which the last sandboxes that are to be parked are made.
-const SETTLED: Duration = Duration::from_millis(500);
-
 const MIB: f64 = (1 << 20) as f64;
 
+type Measure = fn(&mut Figures);
+
 /// What is measured. Names of them as arguments have only those measured: `cargo bench --bench scale -- soak`.
-const PARTS: [(&str, fn(&mut Figures)); 6] = [
+const PARTS: [(&str, Measure); 6] = [
     ("open-loop", open_loop),
     ("closed-loop", closed_loop),
     ("bodies", bodies),
@@ -208,8 +207,7 @@ fn parked(figures: &mut Figures) {
     ]);
     println!("\nParked sandboxes\n\n| | parked | private memory of one, MiB |\n|---|---:|---:|");
     server.function("hello").open_loop(RATE, TURN);
-    sleep(SETTLED);
-    let components = server.sandboxes();
+    let components = parked_soon(&server, 4);
     figures.measured("parked-component", private_memory("Wasm component", &components));
 
     let place = |number: usize| (format!("tenant-{}", number % PARKING_TENANTS), format!("module-{number}"));
@@ -220,14 +218,24 @@ fn parked(figures: &mut Figures) {
     for (tenant, plugin) in (0..most).flat_map(|number| [number, number]).map(place) {
         server.job_of(&tenant, &plugin, "{}", b"");
     }
-    sleep(SETTLED);
-    let all = server.sandboxes();
+    let all = parked_soon(&server, most + components.len());
     let modules: Vec<u32> = all.iter().filter(|pid| !components.contains(pid)).copied().collect();
     figures.measured("parked", all.len() as f64);
     figures.measured("parked-module", private_memory("Wasm modules, one of each plugin", &modules));
     let taken = available.saturating_sub(proc::available_bytes()) as f64 / MIB / modules.len().max(1) as f64;
     println!("\nThe machine has {taken:.2} MiB less for each, its plugin's zygote and what the kernel keeps included.");
     println!("The launcher has {} descriptors open.", proc::open_files(server.launcher()));
+}
+
+/// The sandboxes that wait: once there are as many as this, or no more come.
+fn parked_soon(server: &Server, expected: usize) -> Vec<u32> {
+    for _ in 0..20 {
+        sleep(Duration::from_millis(200));
+        if server.sandboxes().len() >= expected {
+            break;
+        }
+    }
+    server.sandboxes()
 }
 
 /// The mean of some processes, in MiB.
