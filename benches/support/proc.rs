@@ -78,5 +78,7 @@ pub fn descendants(pid: u32) -> Vec<u32> {
 pub fn machine() -> String {
     let cpus = std::thread::available_parallelism().map_or(0, usize::from);
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    format!("{cpus} CPUs, Linux {}", kernel.trim_end())
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load = load.split(' ').next().unwrap_or_default();
+    format!("{cpus} CPUs, Linux {}, load {load} before it began", kernel.trim_end())
 }
