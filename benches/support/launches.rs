@@ -49,6 +49,7 @@ impl Launches {
             ahead: true,
             zygotes: 16,
             zygote_idle: Duration::from_secs(10),
+            memory_reserve: 1,
             preferred: false,
         };
         launcher.send(&ToLauncher::Configure(config), NO_FDS).unwrap();

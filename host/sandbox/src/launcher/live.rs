@@ -303,6 +303,11 @@ pub(super) fn is_dead(child: &OwnedFd) -> bool {
     !matches!(waitid(Id::PIDFd(child.as_fd()), flags), Ok(WaitStatus::StillAlive))
 }
 
+/// Waits for the end of a child that is about to end, and reaps it.
+pub(super) fn wait_for_end(child: &OwnedFd) -> nix::Result<()> {
+    waitid(Id::PIDFd(child.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::__WALL).map(drop)
+}
+
 /// Reaps a child; `None` while it lives.
 pub(super) fn reap(child: &OwnedFd) -> Option<Exit> {
     // __WALL: a child that raises no signal at its end is not waited for otherwise

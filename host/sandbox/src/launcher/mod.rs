@@ -120,10 +120,11 @@ impl Source {
     }
 }
 
-/// How many zygotes there may be, and for how long.
+/// How many zygotes there may be, for how long, and what must be left besides, in bytes.
 struct ZygoteLimits {
     zygotes: usize,
     zygote_idle: Duration,
+    memory_reserve: u64,
 }
 
 /// The launcher's whole state.
@@ -152,8 +153,6 @@ struct Launcher<'w> {
     look_at_zygotes: Option<Instant>,
     /// Until when children are looked for that nobody has told of.
     strangers_until: Option<Instant>,
-    /// What is cloned from here on would not be what it is meant to be.
-    unfit: bool,
     /// When which sandbox has to be looked at. Each has one entry at most, the one in its `alarm`.
     alarms: BTreeSet<(Instant, SandboxId)>,
     /// Cgroups of dead sandboxes, to be removed when there is nothing else to do.
@@ -207,7 +206,7 @@ impl Launcher<'_> {
         }
         self.ring_alarms(Instant::now());
         serving &= self.outbox.flush();
-        Ok(serving && !self.unfit)
+        Ok(serving)
     }
 
     /// Waits for events, or until something is due.
@@ -251,9 +250,9 @@ impl Launcher<'_> {
             return Some(last + WARM_EVERY);
         }
         match self.tree.keep_warm() {
-            Some(Ok(())) => self.warm = Some((until, now)),
-            // not needed, or not to be had: launches are a little slower
-            None | Some(Err(_)) => self.warm = None,
+            Ok(()) => self.warm = Some((until, now)),
+            // launches are a little slower
+            Err(_) => self.warm = None,
         }
         self.warm.map(|_| now + WARM_EVERY)
     }

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
-use nix::fcntl::{AT_FDCWD, OFlag, open};
+use nix::fcntl::AT_FDCWD;
 use nix::mount::{MntFlags, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::epoll::{Epoll, EpollCreateFlags};
@@ -62,8 +62,6 @@ pub(super) struct Place {
     pub(super) host_millicores: u32,
     /// In the host's user namespace, so that device nodes can be made.
     pub(super) on_host: bool,
-    /// The launcher's own pid namespace.
-    pub(super) own_pids: OwnedFd,
     /// The process that makes network namespaces.
     pub(super) maker: Option<Pid>,
     sweeper: Option<Sweeper>,
@@ -188,7 +186,11 @@ fn lay_foundation(config: &LauncherConfig) -> Result<Foundation, Vec<String>> {
             tree,
             null,
             ahead: config.ahead,
-            limits: ZygoteLimits { zygotes: config.zygotes.max(1), zygote_idle: config.zygote_idle },
+            limits: ZygoteLimits {
+                zygotes: config.zygotes.max(1),
+                zygote_idle: config.zygote_idle,
+                memory_reserve: config.memory_reserve,
+            },
             host_millicores: u32::try_from(cores).unwrap_or(u32::MAX).saturating_mul(1000),
         }),
         (_, _, tree, _) => {
@@ -208,7 +210,7 @@ fn settle<'w>(
 ) -> Result<Launcher<'w>, (Outbox, String)> {
     let Foundation { uids, tree, null, host_millicores, ahead, limits, .. } = foundation;
     let mut sweeper = None;
-    let prepared = (|| -> Result<(Namespaces, u32, Epoll, Networks, OwnedFd), String> {
+    let prepared = (|| -> Result<(Namespaces, u32, Epoll, Networks), String> {
         let fail = |what: &'static str| move |error: nix::errno::Errno| format!("{what}: {}", error.desc());
         // a terminal's Ctrl-C is for the server, which then ends us in order
         setsid().map_err(fail("leave the terminal's session"))?;
@@ -226,9 +228,7 @@ fn settle<'w>(
         let namespaces = verify::namespaces_of(Pid::this()).map_err(|error| format!("read own namespaces: {error}"))?;
         let filters = verify::filters_of(Pid::this()).map_err(|error| format!("read own filters: {error}"))?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(fail("make an epoll instance"))?;
-        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-        let own_pids = open("/proc/self/ns/pid", flags, Mode::empty()).map_err(fail("open own pid namespace"))?;
-        Ok((namespaces, filters, epoll, networks, own_pids))
+        Ok((namespaces, filters, epoll, networks))
     })();
     match prepared {
         Err(problem) => {
@@ -238,7 +238,7 @@ fn settle<'w>(
             }
             Err((outbox, problem))
         }
-        Ok((own_namespaces, own_filters, epoll, networks, own_pids)) => Ok(Launcher {
+        Ok((own_namespaces, own_filters, epoll, networks)) => Ok(Launcher {
             proof,
             workload,
             place: Place {
@@ -246,7 +246,6 @@ fn settle<'w>(
                 own_filters,
                 host_millicores,
                 on_host: rootless::on_host(),
-                own_pids,
                 maker: networks.maker_pid(),
                 sweeper,
             },
@@ -266,7 +265,6 @@ fn settle<'w>(
             limits,
             look_at_zygotes: None,
             strangers_until: None,
-            unfit: false,
             alarms: BTreeSet::new(),
             leaving: Vec::new(),
             freezing: Vec::new(),

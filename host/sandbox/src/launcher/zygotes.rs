@@ -12,11 +12,12 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
+use nix::sys::prctl;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use super::families::FamilyId;
-use super::live::{READY_WITHIN, reap};
+use super::live::{READY_WITHIN, reap, wait_for_end};
 use super::verify;
 use super::{Launcher, Source};
 use crate::cgroup::Leaf;
@@ -24,9 +25,10 @@ use crate::error::{AtStep, LaunchError, Step};
 use crate::init::seccomp::Filters;
 use crate::init::zygote::{self, ZygoteBirth};
 use crate::name::Name;
+use crate::protocol::FromLauncher;
 use crate::spawn::{FromZygote, ToZygote};
 use crate::spec::{ArtifactId, SandboxId, SandboxSpec};
-use crate::sys::process::{Cloned, clone3, pidfd_send_signal};
+use crate::sys::process::{Cloned, clone3, exit_now, pidfd_send_signal};
 use crate::uids::JobIds;
 use crate::usage::{KillCause, Namespaces};
 use crate::wire::{Packets, RecvError};
@@ -38,7 +40,7 @@ const ASKED_AT_ONCE: usize = 16;
 /// Messages taken from one zygote before others are looked after.
 const MESSAGES: usize = 64;
 
-/// How often idle zygotes are looked for.
+/// How often idle zygotes are looked for, and how much memory is left.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// A zygote's number. Never used again.
@@ -151,11 +153,12 @@ impl Launcher<'_> {
                     failure,
                 };
                 self.zygotes.insert(id, zygote);
-                self.look_at_zygotes =
-                    Some(self.look_at_zygotes.map_or(now + LOOK_EVERY, |at| at.min(now + LOOK_EVERY)));
+                self.watch_over(now);
                 Ok(id)
             }
             Err(error) => {
+                // what has been cloned all the same ends, as nobody bids it begin
+                self.strangers_until = self.strangers_from_now();
                 self.remove(leaf);
                 Err(error)
             }
@@ -176,20 +179,21 @@ impl Launcher<'_> {
         socket.set_nonblocking().at(Step::MakeZygote)?;
         let null = self.null.try_clone().at(Step::MakeZygote)?;
         let filters = self.filters.entry(spec.kind).or_insert_with(|| Rc::new(Filters::compile(spec.kind))).clone();
-        // its parent is this process, all the same
-        setns(&family, CloneFlags::CLONE_NEWPID).at(Step::MakeZygote)?;
-        let cloned = clone3(&self.proof, CloneFlags::empty(), leaf.birthplace());
-        if matches!(cloned, Ok(Cloned::Child)) {
-            let birth = ZygoteBirth { spec: spec.clone(), filters, socket: theirs, family, artifact, null };
-            zygote::live(birth, &self.proof, self.workload)
+        let (report, reporter) = Packets::pair().at(Step::MakeZygote)?;
+        match clone3(&self.proof, CloneFlags::empty(), None).at(Step::MakeZygote)? {
+            Cloned::Child => {
+                let birth = ZygoteBirth { spec: spec.clone(), filters, socket: theirs, family, artifact, null };
+                self.clone_in_family(birth, &reporter, leaf)
+            }
+            // it does two calls and ends
+            Cloned::Parent { pidfd, .. } => wait_for_end(&pidfd).at(Step::MakeZygote)?,
         }
-        if setns(&self.place.own_pids, CloneFlags::CLONE_NEWPID).is_err() {
-            // whatever is cloned from here on would be in the family too
-            self.unfit = true;
-        }
-        let Cloned::Parent { pid, pidfd } = cloned.at(Step::MakeZygote)? else {
-            return Err(Errno::ENOTRECOVERABLE).at(Step::MakeZygote);
-        };
+        drop(reporter);
+        let told = report.recv(|told: &Result<(), LaunchError>| usize::from(told.is_ok()));
+        let told = told.map_err(|_| Errno::EPIPE).at(Step::MakeZygote)?;
+        told.value?;
+        let pidfd = told.fds.into_iter().next().ok_or(Errno::EPROTO).at(Step::MakeZygote)?;
+        let pid = verify::own_child(&pidfd).at(Step::MakeZygote)?;
         let ready = self
             .watch(pidfd.as_fd(), Source::ZygoteExit(id))
             .and_then(|()| self.watch(socket.as_fd(), Source::Zygote(id)))
@@ -200,10 +204,25 @@ impl Launcher<'_> {
             Ok(()) => Ok((pid, pidfd, socket)),
             Err(error) => {
                 let _ = pidfd_send_signal(pidfd.as_fd(), Signal::SIGKILL);
-                self.strangers_until = self.strangers_from_now();
                 Err(error)
             }
         }
+    }
+
+    /// The life of a process between the launcher and a zygote. What enters a pid namespace for its children needs
+    /// privilege over its own to come back, which an ordinary user's launcher does not have; so this one enters, and its
+    /// child is the launcher's.
+    fn clone_in_family(&self, birth: ZygoteBirth, reporter: &Packets, leaf: &Leaf) -> ! {
+        let cloned = prctl::set_name(c"holm-zygote")
+            .and_then(|()| setns(&birth.family, CloneFlags::CLONE_NEWPID))
+            .and_then(|()| clone3(&self.proof, CloneFlags::CLONE_PARENT, leaf.birthplace()));
+        // should it not be heard, the launcher knows by this process's end
+        let _ = match cloned.at(Step::MakeZygote) {
+            Ok(Cloned::Child) => zygote::live(birth, &self.proof, self.workload),
+            Ok(Cloned::Parent { pidfd, .. }) => reporter.send(&Ok::<(), LaunchError>(()), &[pidfd]),
+            Err(error) => reporter.send(&Err::<(), LaunchError>(error), NO_FDS),
+        };
+        exit_now(0)
     }
 
     /// Asks a zygote for as many of the sandboxes that it owes as it may be asked for at once.
@@ -342,13 +361,20 @@ impl Launcher<'_> {
         self.leave_family(zygote.key.family);
     }
 
-    /// Ends zygotes that have been idle, and those that do not come to load their artifact. Returns when to look again.
+    /// Looks at what lives from time to time, from now on.
+    pub(super) fn watch_over(&mut self, now: Instant) {
+        self.look_at_zygotes.get_or_insert(now + LOOK_EVERY);
+    }
+
+    /// Ends zygotes that have been idle, and those that do not come to load their artifact. Where memory is short, being
+    /// idle for a moment is enough, and the server is told, as sandboxes may be waiting for jobs. Returns when to look again.
     pub(super) fn look_at_zygotes(&mut self, now: Instant) -> Option<Instant> {
         let due = self.look_at_zygotes?;
         if now < due {
             return Some(due);
         }
-        let idle = self.limits.zygote_idle;
+        let short = available_memory().is_some_and(|bytes| bytes < self.limits.memory_reserve);
+        let idle = if short { Duration::ZERO } else { self.limits.zygote_idle };
         let done = |zygote: &Zygote| match zygote.namespaces {
             None => now >= zygote.since + READY_WITHIN && !self.tree.freezes(zygote.leaf.tenant()),
             Some(_) => {
@@ -360,7 +386,11 @@ impl Launcher<'_> {
         for id in done {
             self.end_zygote(id);
         }
-        self.look_at_zygotes = (!self.zygotes.is_empty()).then(|| now + LOOK_EVERY);
+        let anything = !self.zygotes.is_empty() || !self.live.is_empty();
+        if short && anything {
+            self.outbox.send(FromLauncher::MemoryShort);
+        }
+        self.look_at_zygotes = anything.then(|| now + LOOK_EVERY);
         self.look_at_zygotes
     }
 
@@ -376,6 +406,13 @@ impl Launcher<'_> {
             }
         }
     }
+}
+
+/// Bytes that the host can give without taking them from anybody who uses them.
+fn available_memory() -> Option<u64> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim_end().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 const NO_FDS: &[OwnedFd] = &[];

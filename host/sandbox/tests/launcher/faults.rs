@@ -22,6 +22,7 @@ use nix::unistd::Pid;
 enum Who {
     Launcher,
     Zygote,
+    Sire,
     Sandbox,
 }
 
@@ -58,6 +59,11 @@ pub(crate) fn sandbox(call: libc::c_long) -> Fault {
 /// `call` of a zygote, or of what keeps its namespaces.
 pub(crate) fn zygote(call: libc::c_long) -> Fault {
     Fault { who: Who::Zygote, ..launcher(call) }
+}
+
+/// `call` of what stands between the launcher and a zygote when that is cloned.
+pub(crate) fn sire(call: libc::c_long) -> Fault {
+    Fault { who: Who::Sire, ..launcher(call) }
 }
 
 impl Fault {
@@ -186,13 +192,14 @@ fn decide(armed: &mut [Armed], call: &Call, launcher: Pid) -> Option<Act> {
 /// The sweeper is the launcher's child too, and no sandbox.
 fn in_own_pid_namespace(pid: Pid) -> Option<Who> {
     let namespace = |pid: &str| -> Option<PathBuf> { fs::read_link(format!("/proc/{pid}/ns/pid")).ok() };
-    if namespace(&pid.to_string())? == namespace("self")? {
-        return None;
-    }
     // its first act is to take this name, a sandbox's to take another
     let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    let zygote = matches!(name.trim_end(), "holm-zygote" | "holm-family");
-    Some(if zygote { Who::Zygote } else { Who::Sandbox })
+    match (name.trim_end(), namespace(&pid.to_string())? == namespace("self")?) {
+        ("holm-zygote", true) => Some(Who::Sire),
+        (_, true) => None,
+        ("holm-zygote" | "holm-family", false) => Some(Who::Zygote),
+        (_, false) => Some(Who::Sandbox),
+    }
 }
 
 // `linux/seccomp.h`: _IOWR('!', 0, struct seccomp_notif) and _IOWR('!', 1, struct seccomp_notif_resp)

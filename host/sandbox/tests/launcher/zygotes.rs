@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::client::{Client, spec, wait_until};
-use crate::faults::{When, launcher, zygote};
+use crate::faults::{When, launcher, sire, zygote};
 use crate::steps::{Case, WASM, case, is};
 use crate::trial;
 
@@ -53,8 +53,11 @@ pub(crate) fn cases() -> Vec<Case> {
                 EACCES,
             )
         },
-        new("setns_of_the_launcher_fails", launcher(libc::SYS_setns).fails(EPERM), MakeZygote, EPERM),
-        new("clone3_of_the_zygote_fails", launcher(libc::SYS_clone3).fails(EAGAIN), MakeZygote, EAGAIN),
+        new("clone3_of_the_zygote_s_sire_fails", launcher(libc::SYS_clone3).fails(EAGAIN), MakeZygote, EAGAIN),
+        new("waiting_for_the_zygote_s_sire_fails", launcher(libc::SYS_waitid).fails(EINVAL), MakeZygote, EINVAL),
+        new("setns_of_the_zygote_s_sire_fails", sire(libc::SYS_setns).fails(EPERM), MakeZygote, EPERM),
+        new("clone3_of_the_zygote_fails", sire(libc::SYS_clone3).fails(EAGAIN), MakeZygote, EAGAIN),
+        new("sendmsg_of_the_zygote_s_sire_fails", sire(libc::SYS_sendmsg).fails(ENOBUFS), MakeZygote, EPIPE),
         new("close_range_of_the_zygote_fails", zygote(libc::SYS_close_range).nth(1).fails(EINVAL), CloseFds, EINVAL),
         new(
             "rt_sigaction_of_the_zygote_fails",
