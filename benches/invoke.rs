@@ -1,77 +1,95 @@
-//! What a job costs over HTTP, native and WebAssembly; against the raw floor in the same run.
+//! What a job costs over HTTP, one at a time: native, WebAssembly, and a function; cold and warm; against the raw floor and
+//! against others that run a program in namespaces of its own.
 
-#![allow(clippy::unwrap_used)] // a measurement that cannot go on should say where
+#![allow(clippy::unwrap_used, clippy::print_stdout)] // a measurement that cannot go on should say where
 
 mod support;
 
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
-use support::{EMPTY_MODULE, Side, clone_exit_wait, empty_program, interleave, print_table};
-use ureq::Agent;
-
-const KEY: &str = "operator-key-of-the-bench-0123456789";
+use holm::bundled::HTTP_HELLO;
+use support::figures::Figures;
+use support::floor::{self, FLOOR, Floor};
+use support::peers::Peer;
+use support::proc;
+use support::programs::{EMPTY_MODULE, empty_program};
+use support::server::Server;
+use support::times::{Times, interleave, print_table, ratio, rounds, timed};
 
 fn main() {
-    let server = Server::start();
-    server.send("PUT", "/v1/tenants/bench", b"{}", 201);
-    server.send("PUT", "/v1/tenants/bench/plugins/native", &empty_program(), 201);
-    server.send("PUT", "/v1/tenants/bench/plugins/wasm", EMPTY_MODULE.as_bytes(), 201);
-    let job = |plugin: &str| server.send("POST", &format!("/v1/tenants/bench/plugins/{plugin}/jobs"), b"", 200);
-    let times = interleave(vec![
-        Side { name: "floor: clone3(7 namespaces) + exit + wait", run: Box::new(clone_exit_wait) },
-        Side { name: "HTTP: GET /healthz", run: Box::new(|| server.send("GET", "/healthz", b"", 200)) },
-        Side { name: "HTTP: native job, cold", run: Box::new(|| job("native")) },
-        Side { name: "HTTP: wasm job, cold", run: Box::new(|| job("wasm")) },
-    ]);
-    print_table("Invoke: an empty job over HTTP, one at a time", &times);
+    if std::env::args().nth(1).is_some_and(|word| word == FLOOR) {
+        return floor::serve();
+    }
+    let mut floor = Floor::start();
+    println!("\n{}. {}", proc::machine(), floor.words());
+    let (cold, warm) = (started(&[("HOLM_PARKED_PER_PLUGIN", "0")]), started(&[]));
+    let dir = tempfile::tempdir().unwrap();
+    let mut peers = Peer::find(dir.path());
+    let names = [
+        "floor",
+        "GET /healthz",
+        "native job, cold",
+        "native job, warm",
+        "Wasm module job, cold",
+        "Wasm module job, warm",
+        "Wasm component by `/fn`, cold",
+        "Wasm component by `/fn`, warm",
+        "crun run",
+        "runc run",
+        "bwrap",
+    ];
+    let times = interleave(names, rounds(), || {
+        let [crun, runc, bwrap] = &mut peers;
+        [
+            floor.once(),
+            timed(|| cold.send("GET", "/healthz", "{}", b"")),
+            timed(|| cold.job("native", "{}", b"")),
+            timed(|| warm.job("native", "{}", b"")),
+            timed(|| cold.job("module", "{}", b"")),
+            timed(|| warm.job("module", "{}", b"")),
+            timed(|| call(&cold)),
+            timed(|| call(&warm)),
+            run(crun),
+            run(runc),
+            run(bwrap),
+        ]
+    });
+    tell(&times, &peers);
 }
 
-struct Server {
-    child: Child,
-    url: String,
-    agent: Agent,
-    _dir: tempfile::TempDir,
+/// A server with the plugins.
+fn started(settings: &[(&str, &str)]) -> Server {
+    let server = Server::start(settings);
+    server.upload("bench", "native", &empty_program());
+    server.upload("bench", "module", EMPTY_MODULE.as_bytes());
+    server.upload("bench", "hello", HTTP_HELLO.artifact);
+    server
 }
 
-impl Server {
-    fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_holm"))
-            .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
-            .arg(dir.path())
-            .env("HOLM_OPERATOR_KEY", KEY)
-            .env("HOLM_LOG", "error")
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let url = line.trim().strip_prefix("listening on ").unwrap().to_owned();
-        Self { child, url, agent: Agent::new_with_defaults(), _dir: dir }
-    }
-
-    fn send(&self, method: &str, path: &str, body: &[u8], status: u16) {
-        let request = ureq::http::Request::builder()
-            .method(method)
-            .uri(format!("{}{path}", self.url))
-            .header("authorization", format!("Bearer {KEY}"))
-            .header("content-type", "application/json");
-        let answer = if method == "GET" {
-            self.agent.run(request.body(()).unwrap())
-        } else {
-            self.agent.run(request.body(body).unwrap())
-        };
-        let mut answer = answer.unwrap();
-        assert_eq!(answer.status(), status);
-        answer.body_mut().read_to_vec().unwrap();
-    }
+fn call(server: &Server) {
+    server.send("GET", "/fn/bench/hello/", "{}", b"");
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        let pid = nix::unistd::Pid::from_raw(self.child.id().cast_signed());
-        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
-        let _ = self.child.wait();
+/// Zero if the peer is absent.
+fn run(peer: &mut Result<Peer, String>) -> Duration {
+    peer.as_mut().map_or(Duration::ZERO, |peer| timed(|| peer.run()))
+}
+
+fn tell(times: &[Times; 11], peers: &[Result<Peer, String>; 3]) {
+    let mut figures = Figures::of_this_run();
+    let (own, others) = times.split_at(8);
+    let there = others.iter().zip(peers).filter(|(_, peer)| peer.is_ok()).map(|(times, _)| times);
+    print_table("An empty job over HTTP, one at a time", own.iter().chain(there));
+    let (cold, warm) = (times[2].p50(), times[3].p50());
+    for ((times, peer), name) in others.iter().zip(peers).zip(["native-crun", "native-runc", "native-bwrap"]) {
+        match peer {
+            Ok(_) => figures.measured(name, ratio(cold, times.p50())),
+            Err(reason) => figures.absent(name, reason),
+        }
     }
+    match &peers[0] {
+        Ok(_) => figures.measured("warm-native-crun", ratio(warm, others[0].p50())),
+        Err(reason) => figures.absent("warm-native-crun", reason),
+    }
+    figures.print();
 }

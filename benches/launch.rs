@@ -1,144 +1,96 @@
-//! What a sandbox costs: up, an empty program, gone; against the raw floor in the same run.
+//! What a launch costs, without HTTP: until tenant code runs, and until all of the sandbox is gone; against the raw floor.
 //!
-//! The bench is its own launcher, as `holm` is, and drives it as the server does, without HTTP.
+//! Cold: the artifact is known, and no sandbox waits. Between one launch and the next there is a moment in which what the
+//! last one left is cleared away, as between requests.
 
-#![allow(clippy::unwrap_used)] // a measurement that cannot go on should say where
+#![allow(clippy::unwrap_used, clippy::print_stdout)] // a measurement that cannot go on should say where
 
 mod support;
 
 use std::fs::File;
-use std::io::{Read, Seek, Write};
-use std::os::fd::OwnedFd;
-use std::process::Child;
+use std::thread::sleep;
 use std::time::Duration;
 
-use holm::inside::{LAUNCHER, launcher_main};
-use holm_runtime::invocation::Invocation;
-use holm_sandbox::launcher::spawn;
-use holm_sandbox::limits::{Ceiling, Limits};
-use holm_sandbox::probe::wait_up;
-use holm_sandbox::protocol::{FromLauncher, LauncherConfig, ToLauncher, VERSION};
-use holm_sandbox::spec::{ArtifactId, Kind, SandboxId, SandboxSpec};
-use holm_sandbox::uids::LOCK_DIR;
-use holm_sandbox::usage::Exit;
-use holm_sandbox::wire::Packets;
-use holm_sandbox::workload::JobMessage;
-use support::{EMPTY_MODULE, Side, clone_exit_wait, empty_program, interleave, print_table};
+use holm_sandbox::spec::Kind;
+use support::figures::Figures;
+use support::floor::{self, FLOOR, Floor};
+use support::launches::{Launches, file};
+use support::programs::{EMPTY_MODULE, empty_program};
+use support::times::{Times, interleave, print_table, ratio, rounds};
+use support::{proc, setting};
 
-fn main() {
-    if std::env::args().next().as_deref() == Some(LAUNCHER) {
-        std::process::exit(launcher_main());
-    }
-    let mut bench = Bench::start();
-    let program = file(&empty_program());
-    let module = bench.compile(EMPTY_MODULE);
-    let bench = std::cell::RefCell::new(bench);
-    let times = interleave(vec![
-        Side { name: "floor: clone3(7 namespaces) + exit + wait", run: Box::new(clone_exit_wait) },
-        Side { name: "native, cold", run: Box::new(|| bench.borrow_mut().run(Kind::Native, &program, None)) },
-        Side { name: "wasm, cold", run: Box::new(|| bench.borrow_mut().run(Kind::Wasm, &module, None)) },
-    ]);
-    print_table("Launch: sandbox up, empty program, gone", &times);
-    bench.into_inner().end();
-}
+/// Between two measurements. Shorter than the silence after which the kernel lets the next attach wait.
+const BREATH: Duration = Duration::from_millis(4);
+
+const SILENCE: Duration = Duration::from_secs(1);
 
 struct Bench {
-    launcher: Packets,
-    child: Child,
-    next: u64,
+    floor: Floor,
+    launches: Launches,
+    program: File,
+    module: File,
+    figures: Figures,
+}
+
+fn main() {
+    if std::env::args().nth(1).is_some_and(|word| word == FLOOR) {
+        return floor::serve();
+    }
+    let floor = Floor::start();
+    println!("\n{}. {}", proc::machine(), floor.words());
+    let mut launches = Launches::start("launch");
+    let module = launches.compile(EMPTY_MODULE);
+    let program = file(&empty_program());
+    let mut bench = Bench { floor, launches, program, module, figures: Figures::of_this_run() };
+    let (floor, wasm) = bench.after_another();
+    bench.after_silence(&floor, &wasm);
+    bench.launches.end();
+    bench.figures.print();
 }
 
 impl Bench {
-    fn start() -> Self {
-        let (launcher, child) = spawn(LAUNCHER).unwrap();
-        let instance = format!("bench-{}", std::process::id()).parse().unwrap();
-        let zygote_idle = Duration::from_secs(10);
-        let config = LauncherConfig {
-            version: VERSION,
-            instance,
-            lock_dir: LOCK_DIR.into(),
-            ahead: true,
-            zygotes: 16,
-            zygote_idle,
-            memory_reserve: 1,
-            preferred: false,
-        };
-        launcher.send(&ToLauncher::Configure(config), &[] as &[OwnedFd]).unwrap();
-        wait_up(&launcher).unwrap();
-        Self { launcher, child, next: 1 }
-    }
-
-    fn end(self) {
-        let Self { launcher, mut child, .. } = self;
-        drop(launcher);
-        assert!(child.wait().unwrap().success());
-    }
-
-    fn recv(&self) -> FromLauncher {
-        self.launcher.recv(|_: &FromLauncher| 0).unwrap().value
-    }
-
-    /// One sandbox from the request to its report; its output goes to `output`.
-    fn run(&mut self, kind: Kind, artifact: &File, output: Option<&File>) {
-        let id = SandboxId(self.next);
-        self.next += 1;
-        let (channel, theirs) = Packets::pair().unwrap();
-        let fds = [OwnedFd::from(theirs), artifact.try_clone().unwrap().into()];
-        self.launcher.send(&ToLauncher::Launch { id, spec: spec(kind) }, &fds).unwrap();
-        drop(fds);
-        let null = || File::options().read(true).write(true).open("/dev/null").unwrap();
-        let output = output.map_or_else(null, |file| file.try_clone().unwrap());
-        let invocation = Invocation { args: vec!["bench".into()], fuel: 1 << 40, ..Invocation::default() };
-        let message = JobMessage { payload: postcard::to_stdvec(&invocation).unwrap() };
-        // as the server does, before it is ready
-        channel.send(&message, &[null(), output, null()]).unwrap();
-        let FromLauncher::Ready { .. } = self.recv() else { panic!("the sandbox did not become ready") };
-        assert_eq!(self.recv(), FromLauncher::Started(id));
-        match self.recv() {
-            FromLauncher::Ended { report, .. } => assert_eq!(report.exit, Exit::Exited(0)),
-            other => panic!("{other:?}"),
+    /// Each after the others. Gives the times of the floor and of Wasm launches.
+    fn after_another(&mut self) -> (Times, Times) {
+        let names = ["floor", "native: launch", "native: until all is dead", "wasm: launch", "wasm: until all is dead"];
+        let times = interleave(names, rounds(), || {
+            let breath = || sleep(BREATH);
+            breath();
+            let floor = self.floor.once();
+            breath();
+            let native = self.launches.run("bench", Kind::Native, &self.program, None);
+            breath();
+            let wasm = self.launches.run("bench", Kind::Wasm, &self.module, None);
+            [floor, native.launch, native.cycle, wasm.launch, wasm.cycle]
+        });
+        print_table("Cold launches of an empty program", &times);
+        let [floor, native, native_cycle, wasm, wasm_cycle] = times;
+        for (name, side) in [
+            ("launch-native", &native),
+            ("cycle-native", &native_cycle),
+            ("launch-wasm", &wasm),
+            ("cycle-wasm", &wasm_cycle),
+        ] {
+            self.figures.measured(name, ratio(side.p50(), floor.p50()));
         }
+        (floor, wasm)
     }
 
-    /// A module's compiled form, made as the server makes it.
-    fn compile(&mut self, text: &str) -> File {
-        let mut compiled = file(b"");
-        self.run(Kind::Compile, &file(text.as_bytes()), Some(&compiled));
-        compiled.rewind().unwrap();
-        let mut bytes = Vec::new();
-        compiled.read_to_end(&mut bytes).unwrap();
-        assert!(bytes.starts_with(b"\x7fELF"), "nothing was compiled");
-        compiled
-    }
-}
-
-fn file(content: &[u8]) -> File {
-    let mut file = tempfile::tempfile().unwrap();
-    file.write_all(content).unwrap();
-    file.rewind().unwrap();
-    file
-}
-
-fn spec(kind: Kind) -> SandboxSpec {
-    let minute = Duration::from_secs(60);
-    SandboxSpec {
-        tenant: "bench".parse().unwrap(),
-        ceiling: Ceiling::default(),
-        kind,
-        program: "bench".parse().unwrap(),
-        artifact: ArtifactId([0; 32]),
-        fresh_network: false,
-        limits: Limits {
-            memory_bytes: 128 << 20,
-            cpu_millicores: 2000,
-            cpu_weight: 100,
-            cpu_time: minute,
-            wall_time: minute,
-            pids: 64,
-            scratch_bytes: 16 << 20,
-            scratch_inodes: 1024,
-            open_files: 256,
-            stack_bytes: 1 << 20,
-        },
+    /// The first launch after nothing has happened for a while; shown beside it is the floor after as much silence.
+    fn after_silence(&mut self, floor: &Times, busy: &Times) {
+        let names = ["floor after silence", "native: launch after silence", "wasm: launch after silence"];
+        let times = interleave(names, setting("HOLM_BENCH_SILENCES", 12), || {
+            sleep(SILENCE);
+            let silent_floor = self.floor.once();
+            sleep(SILENCE);
+            let native = self.launches.run("bench", Kind::Native, &self.program, None);
+            sleep(SILENCE);
+            let wasm = self.launches.run("bench", Kind::Wasm, &self.module, None);
+            [silent_floor, native.launch, wasm.launch]
+        });
+        print_table("The first after 1 s of silence", &times);
+        let wasm = times[2].p50();
+        let wait = wasm.as_secs_f64() - busy.p50().as_secs_f64();
+        self.figures.measured("launch-silence", ratio(wasm, floor.p50()));
+        self.figures.measured("launch-silence-wait", wait * 1e3);
     }
 }

@@ -20,6 +20,9 @@ use super::{Launcher, Sandbox, SandboxError};
 /// machine until then.
 const REFILL_AFTER: Duration = Duration::from_millis(2);
 
+/// How long after a job was seen to wait for a sandbox of its own it is looked whether one still does.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
 /// How much of the near future is provided for: jobs that come within this time find a sandbox each. Some ten launches.
 const LEAD: Duration = Duration::from_millis(50);
 
@@ -165,15 +168,9 @@ impl Parking {
         if lot.artifact.is_none() {
             lot.artifact = artifact.try_clone().ok().map(Arc::new);
         }
-        let mut taken = None;
-        while let (None, Some((mut sandbox, isolation))) = (&taken, lot.parked.pop()) {
-            // one that has died meanwhile, of its tenant's lack of memory for instance, is as good as none
-            if sandbox.is_waiting() {
-                taken = Some((sandbox, isolation));
-            } else {
-                given_up.push((sandbox, isolation));
-            }
-        }
+        // one that has died meanwhile, of its tenant's lack of memory for instance, is as good as none
+        let (taken, dead) = pop_good(&mut lot.parked, |(sandbox, _)| sandbox.is_waiting());
+        given_up.extend(dead);
         let refill = !std::mem::replace(&mut lot.refilling, true);
         lots.parked -= given_up.len() + usize::from(taken.is_some());
         drop(lots);
@@ -246,7 +243,7 @@ impl Inner {
     fn next_to_make(&self, key: &(Name, Name)) -> Option<(SandboxSpec, Arc<File>)> {
         let now = Instant::now();
         let mut lots = self.lots();
-        let full = lots.parked >= self.rules.in_all || self.waiting.load(Ordering::Relaxed) > 0;
+        let full = lots.parked >= self.rules.in_all;
         let lot = lots.lots.get_mut(key)?;
         let enough = full || lot.parked.len() >= lot.wanted(&self.rules, now) || now < lot.not_before;
         let Some(artifact) = lot.artifact.clone().filter(|_| !enough) else {
@@ -284,6 +281,10 @@ impl Inner {
 async fn refill_soon(inner: Arc<Inner>, key: (Name, Name)) {
     loop {
         sleep(REFILL_AFTER).await;
+        while inner.waiting.load(Ordering::Relaxed) > 0 {
+            // that job may be the plugin's last for now: were this given up, its next would find none
+            sleep(LOOK_AGAIN).await;
+        }
         let Some((recipe, artifact)) = inner.next_to_make(&key) else { return };
         let made = inner.make(&recipe, &artifact).await;
         inner.park(&key, &recipe, made);
@@ -307,6 +308,18 @@ async fn clear_when_idle(inner: Arc<Inner>, key: (Name, Name)) {
     }
 }
 
+/// Takes the last that is good, and those behind it that are not.
+fn pop_good<T>(stack: &mut Vec<T>, mut is_good: impl FnMut(&mut T) -> bool) -> (Option<T>, Vec<T>) {
+    let mut others = Vec::new();
+    while let Some(mut last) = stack.pop() {
+        if is_good(&mut last) {
+            return (Some(last), others);
+        }
+        others.push(last);
+    }
+    (None, others)
+}
+
 fn key(recipe: &SandboxSpec) -> (Name, Name) {
     (recipe.tenant.clone(), recipe.program.clone())
 }
@@ -325,5 +338,19 @@ impl WaitingJob {
 impl Drop for WaitingJob {
     fn drop(&mut self) {
         self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_takes_one_sandbox_and_leaves_the_others() {
+        let mut parked = vec![1, 2, 3, 4, 5];
+        assert_eq!(pop_good(&mut parked, |n| *n < 4), (Some(3), vec![5, 4]));
+        assert_eq!(parked, [1, 2]);
+        assert_eq!(pop_good(&mut parked, |_| false), (None, vec![2, 1]));
+        assert_eq!(parked, [0; 0]);
     }
 }
