@@ -37,6 +37,13 @@ fn said(server: &Server, tenant: &str, words: &[&str]) -> Value {
         .unwrap_or_else(|error| panic!("{words:?}: {error}: {record}"))
 }
 
+/// A job that uses CPU time until it is ended, on however slow a machine.
+const ENDLESS: [&str; 2] = ["spin", "3600000"];
+
+fn endless() -> Value {
+    json!({"wall_time_ms": 3_600_000, "cpu_time_ms": 3_600_000})
+}
+
 fn run(server: &Server, tenant: &str, words: &[&str], limits: &Value) -> Running {
     Running::start(server, tenant, "probe", &json!(words), limits)
 }
@@ -79,12 +86,7 @@ fn cpus_of_this_machine() -> usize {
 fn tenants_share_a_cpu_as_their_weights_say_however_many_jobs_they_have() {
     let server = start([json!({"cpu_weight": 50, "cpuset": "0"}), json!({"cpu_weight": 200, "cpuset": "0"})]);
     server.favour_jobs();
-    let spin = ["spin", "25000"];
-    let (a, more, b) = (
-        run(&server, "a", &spin, &json!({})),
-        run(&server, "a", &spin, &json!({})),
-        run(&server, "b", &spin, &json!({})),
-    );
+    let [a, more, b] = ["a", "a", "b"].map(|tenant| run(&server, tenant, &ENDLESS, &endless()));
     let used = shares(&server, &[&a, &more, &b], Duration::from_secs(2));
     assert_near(used[2] / (used[0] + used[1]), 4.0, 0.15, "1:4");
     // and at once when they change
@@ -101,8 +103,7 @@ fn tenants_share_a_cpu_as_their_weights_say_however_many_jobs_they_have() {
 fn a_tenant_s_jobs_together_have_no_more_cpu_than_its_cores_and_each_its_own_when_they_are_raised() {
     let server = start([json!({"cpu_cores": 0.4}), json!({})]);
     server.favour_jobs();
-    let spin = ["spin", "25000"];
-    let jobs = [run(&server, "a", &spin, &json!({})), run(&server, "a", &spin, &json!({}))];
+    let jobs = [(); 2].map(|()| run(&server, "a", &ENDLESS, &endless()));
     let rate = |cores: Value| {
         limit(&server, "a", &json!({ "cpu_cores": cores }));
         let begun = std::time::Instant::now();
@@ -126,7 +127,7 @@ fn jobs_run_on_the_cpus_of_their_tenant_alone_and_move_when_they_change() {
     limit(&server, "a", &json!({"cpuset": last.to_string()}));
     assert_eq!(said(&server, "a", &["cpus", "4", "200"]), json!([last]));
     // one that runs
-    let job = run(&server, "a", &["spin", "25000"], &json!({}));
+    let job = run(&server, "a", &ENDLESS, &endless());
     let on = || {
         job.processes(&server)
             .last()
@@ -149,6 +150,7 @@ fn jobs_run_on_the_cpus_of_their_tenant_alone_and_move_when_they_change() {
     assert!(all["limits"].is_null(), "{all}");
     let allowed = job.processes(&server).last().unwrap().status()["Cpus_allowed_list"].clone();
     assert_ne!(allowed, "0");
+    server.order(job.id(), "cancel").expect(200);
     // a job cannot choose others
     limit(&server, "a", &json!({"cpuset": "0"}));
     let record = server.job("a", "probe", &json!(["spin-on", last.to_string(), "1"]), &json!({}), b"");
