@@ -4,10 +4,12 @@
 
 mod support;
 
+use std::fs;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use support::inspect::{Process, Running};
+use support::wat::command;
 use support::{Server, native, wait_until};
 
 const MIB: u64 = 1 << 20;
@@ -202,6 +204,39 @@ fn memory_lowered_below_what_is_in_use_ends_the_largest_job_and_no_more_than_is_
 }
 
 #[test]
+fn what_is_kept_for_jobs_to_come_gives_way_to_less_memory() {
+    const LEAST: u64 = 4 * MIB;
+    let server = start([json!({}), json!({})]);
+    // zygotes of so many plugins that they use more than the least that a tenant can be given
+    for number in 0.. {
+        assert!(number < 60, "they use next to nothing");
+        let plugin = format!("wasm-{number}");
+        // another artifact each
+        server.upload("a", &plugin, command(&[], "", &format!("(drop (i32.const {number}))")).as_bytes());
+        let record = server.job("a", &plugin, &json!([]), &json!({}), b"");
+        assert_eq!(record["outcome"], json!({"kind": "exited", "exit_code": 0}), "{record}");
+        if used(&server, "a") > LEAST + MIB {
+            break;
+        }
+    }
+    limit(&server, "a", &json!({"memory_bytes": LEAST}));
+    wait_until("they use less", || (used(&server, "a") <= LEAST).then_some(()));
+    assert_eq!(
+        server.job("a", "wasm-0", &json!([]), &json!({"memory_bytes": 16 * MIB}), b"")["outcome"]["kind"],
+        "exited"
+    );
+    server.operator("DELETE", "/v1/tenants/a", &[], b"").expect(204);
+}
+
+/// Memory that all processes of a tenant use, those that are not jobs included.
+fn used(server: &Server, tenant: &str) -> u64 {
+    let files = ["memory.usage_in_bytes", "memory.current"];
+    let paths = server.cgroups().into_iter().flat_map(|root| files.map(|file| root.join(tenant).join(file)));
+    let figures = paths.filter_map(|path| fs::read_to_string(path).ok()?.trim().parse().ok());
+    figures.max().unwrap_or(0)
+}
+
+#[test]
 fn a_tenant_s_jobs_together_have_as_many_processes_as_its_pids() {
     let server = start([json!({"pids": 20}), json!({})]);
     let held = run(&server, "a", &["report-and-wait"], &json!({}));
@@ -240,6 +275,10 @@ fn what_this_machine_does_not_have_is_refused_by_name_and_leaves_everything_as_i
             assert!(!problem["possible"].as_str().unwrap().is_empty(), "{problem}");
         }
     }
+    let answer = server.patch_json("/v1/tenants/a", &json!({"limits": {"egress_bps": 1000, "pids": 30}}));
+    assert_eq!(answer.problem(422), "not_available");
+    let problem = answer.json();
+    assert_eq!((&problem["field"], &problem["given"]), (&json!("limits.egress_bps"), &json!(1000)), "{problem}");
     assert_eq!(server.get("/v1/tenants/a").json(), before);
     server.get("/v1/tenants/new").problem(404);
     // what held before holds
