@@ -242,6 +242,7 @@ impl Bench {
             ahead: true,
             zygotes: 16,
             zygote_idle: Duration::from_secs(10),
+            memory_reserve: 1,
             preferred: false,
         };
         launcher.send(&ToLauncher::Configure(config), &[] as &[OwnedFd]).unwrap();

@@ -60,6 +60,7 @@ impl Bench {
             ahead: true,
             zygotes: 16,
             zygote_idle,
+            memory_reserve: 1,
             preferred: false,
         };
         launcher.send(&ToLauncher::Configure(config), &[] as &[OwnedFd]).unwrap();

@@ -265,7 +265,7 @@ fn a_priority_is_a_whole_number_up_to_1000() {
     for good in [json!(0), json!(1000), json!(5.0)] {
         assert_eq!(server.patch_json(TENANT, &json!({ "priority": good })).expect(200).json()["priority"], good);
     }
-    for bad in [json!(-1), json!(1001), json!(1e300), json!(99_999_999_999_999_999_999_u128)] {
+    for bad in [json!(-1), json!(1001), json!(1e300), json!(u64::MAX)] {
         let answer = server.patch_json(TENANT, &json!({ "priority": bad }));
         out_of_range(&answer, "priority", &bad, &json!(0), &json!(1000));
     }

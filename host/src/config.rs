@@ -61,6 +61,8 @@ pub struct Config {
     pub zygotes: usize,
     /// How long a zygote is kept after its plugin's last job.
     pub zygote_idle_ms: u64,
+    /// Memory of the host that should be available. When there is less, nothing is parked, and idle zygotes are ended.
+    pub memory_reserve_bytes: u64,
     /// Memory of one compilation.
     pub compile_memory_bytes: u64,
     /// CPU time of one compilation.
@@ -103,6 +105,7 @@ impl Default for Config {
             parked_idle_ms: 2000,
             zygotes: 256,
             zygote_idle_ms: 10_000,
+            memory_reserve_bytes: 256 << 20,
             compile_memory_bytes: 1 << 30,
             compile_cpu_time_ms: 60_000,
             compile_wall_time_ms: 60_000,
@@ -242,6 +245,7 @@ impl Config {
             ("parked_idle_ms", self.parked_idle_ms),
             ("zygotes", self.zygotes as u64),
             ("zygote_idle_ms", self.zygote_idle_ms),
+            ("memory_reserve_bytes", self.memory_reserve_bytes),
             ("compile_artifact_bytes", self.compile_artifact_bytes),
         ];
         if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {

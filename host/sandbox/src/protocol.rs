@@ -31,6 +31,8 @@ pub struct LauncherConfig {
     pub zygotes: usize,
     /// How long a zygote without a sandbox is kept.
     pub zygote_idle: Duration,
+    /// Bytes of the host's memory that should be available. When there are less, idle zygotes are ended.
+    pub memory_reserve: u64,
     /// Give the sender and the launcher CPU time before all jobs.
     pub preferred: bool,
 }
@@ -208,6 +210,8 @@ pub enum FromLauncher {
         /// How it ended and what it used.
         report: SandboxReport,
     },
+    /// The host has less memory than should be available. Told again as long as it is so and something lives.
+    MemoryShort,
     /// What has become of an order.
     Answer {
         /// The request that this answers.

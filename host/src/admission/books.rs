@@ -67,9 +67,9 @@ enum Place {
 impl TenantBooks {
     /// How many jobs with so many processes its own running jobs leave places for.
     fn room(&self, allowance: Allowance, pids: u64) -> u64 {
-        let by_pids = match allowance.pids.saturating_sub(self.pids) / pids.max(1) {
-            0 if self.running == 0 => 1,
-            many => many,
+        let by_pids = match allowance.pids.saturating_sub(self.pids).checked_div(pids) {
+            Some(0) if self.running == 0 => 1,
+            many => many.unwrap_or(u64::MAX),
         };
         allowance.running.saturating_sub(self.running as u64).min(by_pids)
     }

@@ -112,6 +112,7 @@ pub(super) fn launcher_config(config: &Config, dir: &DataDir) -> LauncherConfig 
         preferred: true,
         zygotes: config.zygotes,
         zygote_idle: Duration::from_millis(config.zygote_idle_ms),
+        memory_reserve: config.memory_reserve_bytes,
     }
 }
 
@@ -161,6 +162,7 @@ async fn live(ready: Ready) -> Result<u8, Fatal> {
     let app = assemble(&config, dir, operator, launcher, engine).or_exit(EX_OSERR)?;
     pause_again(&app).await.or_exit(EX_OSERR)?;
     tokio::spawn(app.jobs.clone().keep_accounts());
+    tokio::spawn(app.jobs.clone().keep_memory());
 
     let stop = CancellationToken::new();
     let mut serving = tokio::spawn(serve(listener, app.clone(), stop.clone()));

@@ -275,6 +275,11 @@ impl Jobs {
         self.0.turns.forget(tenant);
     }
 
+    /// Parks nothing while the host is short of memory, for as long as the server runs.
+    pub async fn keep_memory(self) {
+        self.0.parking.keep_memory().await;
+    }
+
     /// Writes down now and then what jobs have used, for as long as the server runs.
     pub async fn keep_accounts(self) {
         self.0.accounts.keep().await;

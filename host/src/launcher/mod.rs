@@ -19,7 +19,7 @@ use holm_sandbox::protocol::{FromLauncher, ToLauncher};
 use holm_sandbox::spec::SandboxId;
 use holm_sandbox::usage::{Isolation, SandboxReport};
 use holm_sandbox::wire::{MAX_PACKET, Packets, RecvError};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 pub use self::ceilings::SetCeilingError;
 use self::orders::Asked;
@@ -43,6 +43,7 @@ struct Inner {
     outbox: mpsc::UnboundedSender<Outgoing>,
     sandboxes: Mutex<Sandboxes>,
     next_id: AtomicU64,
+    memory_short: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -81,10 +82,16 @@ impl Launcher {
     pub fn connect(packets: Packets) -> io::Result<(Self, impl Future<Output = LauncherGone>)> {
         let socket = AsyncPackets::register(packets)?;
         let (outbox, inbox) = mpsc::unbounded_channel();
-        let inner = Inner { outbox, sandboxes: Mutex::default(), next_id: AtomicU64::new(1) };
+        let inner =
+            Inner { outbox, sandboxes: Mutex::default(), next_id: AtomicU64::new(1), memory_short: Notify::new() };
         let launcher = Self(Arc::new(inner));
         let driver = drive(launcher.0.clone(), socket, inbox);
         Ok((launcher, driver))
+    }
+
+    /// Waits until the host has less memory than should be available.
+    pub async fn memory_is_short(&self) {
+        self.0.memory_short.notified().await;
     }
 
     fn send(&self, message: ToLauncher, fds: Vec<OwnedFd>) {
@@ -119,6 +126,7 @@ impl Inner {
             FromLauncher::Ended { id, report } => (id, Event::Ended(report), true),
             FromLauncher::CeilingSet { request, result } => return self.answer_ceiling(request, result),
             FromLauncher::Answer { request, result } => return self.take_answer(request, result),
+            FromLauncher::MemoryShort => return self.memory_short.notify_one(),
             FromLauncher::Up { .. } | FromLauncher::Unable(_) => return,
         };
         let mut sandboxes = self.sandboxes();

@@ -198,6 +198,15 @@ impl Parking {
         *lots = Lots { closed: true, ..Lots::default() };
     }
 
+    /// Gives up what is parked whenever the host is short of memory, and parks nothing for a while. Never ends.
+    pub async fn keep_memory(&self) {
+        loop {
+            self.0.launcher.memory_is_short().await;
+            let given_up = self.0.give_up_parked();
+            tracing::debug!(given_up, "the host is short of memory: nothing is parked");
+        }
+    }
+
     /// Gives up what sandboxes of a deleted plugin are cloned from.
     pub fn forget(&self, tenant: Name, plugin: Name) {
         self.0.launcher.forget_program(tenant, plugin);
@@ -219,6 +228,18 @@ impl Parking {
 impl Inner {
     fn lots(&self) -> MutexGuard<'_, Lots> {
         self.lots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives up what is parked, and does not make more for a while. How many that were.
+    fn give_up_parked(&self) -> usize {
+        let mut lots = self.lots();
+        let mut given_up = 0;
+        for lot in lots.lots.values_mut() {
+            lot.not_before = Instant::now() + BACK_OFF;
+            given_up += lot.parked.drain(..).count();
+        }
+        lots.parked -= given_up;
+        given_up
     }
 
     /// What to make one more of, which counts as parked from now on. `None` ends the refilling.

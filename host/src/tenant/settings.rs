@@ -100,7 +100,7 @@ impl TenantSettings {
             Some(given) if given.as_f64().is_some_and(|value| value.fract() != 0.0) => {
                 Err(SettingsError::Malformed("`priority` is no whole number".into()))
             }
-            Some(given) if given.as_u64().is_none_or(|value| value > MOST_PRIORITY.into()) => {
+            Some(given) if whole(given).is_none_or(|value| value > MOST_PRIORITY) => {
                 let (minimum, maximum) = (0.into(), MOST_PRIORITY.into());
                 Err(SettingsError::OutOfRange { field: "priority".into(), given: given.clone(), minimum, maximum })
             }
@@ -111,8 +111,7 @@ impl TenantSettings {
     /// Whose waiting jobs are served first: higher before lower.
     #[must_use]
     pub fn priority(&self) -> u32 {
-        let given = self.priority.as_ref().and_then(Number::as_u64).and_then(|value| u32::try_from(value).ok());
-        given.unwrap_or(DEFAULT_PRIORITY)
+        self.priority.as_ref().and_then(whole).unwrap_or(DEFAULT_PRIORITY)
     }
 
     /// Whether the operator has set the priority.
@@ -167,4 +166,11 @@ impl TenantSettings {
     pub fn ceiling(&self) -> holm_sandbox::limits::Ceiling {
         CeilingSettings::from_stored(&self.limits).ceiling()
     }
+}
+
+/// A whole number, however it is written; `None` for one that is none, or too large for any setting.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // what is whole and in range is exact
+fn whole(number: &Number) -> Option<u32> {
+    let value = number.as_f64()?;
+    (value.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(&value)).then_some(value as u32)
 }

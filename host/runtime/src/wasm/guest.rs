@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use rand::rngs::{StdRng, SysRng};
+use rand::{RngExt as _, SeedableRng};
 use wasmtime::component::{self, Component, InstancePre as ComponentPre};
 use wasmtime::error::Context as _;
 use wasmtime::{Engine, InstancePre, Linker, Module, ResourceLimiter, Result, Store, bail, format_err};
@@ -73,9 +75,18 @@ impl WasiHttpView for State {
     }
 }
 
+/// Generators of random numbers of this run's own. The library's draw from one that its thread has: every process cloned
+/// from a zygote would go on from where the zygote's was, and give the same numbers.
+fn seed(wasi: &mut WasiCtxBuilder) -> Result<()> {
+    let fresh = || StdRng::try_from_rng(&mut SysRng).context("ask the kernel for random numbers");
+    wasi.secure_random(fresh()?).insecure_random(fresh()?).insecure_random_seed(fresh()?.random());
+    Ok(())
+}
+
 /// A store for one run of `invocation`, connected to this process's standard streams.
 pub(super) fn store(engine: &Engine, invocation: &Invocation, memory_bytes: usize) -> Result<Store<State>> {
     let mut wasi = WasiCtxBuilder::new();
+    seed(&mut wasi)?;
     stdio::connect(&mut wasi, invocation.interface).context("connect the standard streams")?;
     wasi.args(&invocation.args)
         .envs(&invocation.env)

@@ -38,11 +38,16 @@ pub(super) fn move_out(base: &Dir, instance: &str) -> bool {
     base.remove(&name).is_ok()
 }
 
-/// On v2: weighs the leaf below `base` that they are in. There is none where `base` is the root of all.
+/// On v2: weighs the leaf that they are in.
 pub(super) fn weigh_leaf(base: &Dir) -> nix::Result<()> {
+    own_leaf(base)?.map_or(Ok(()), |leaf| Control::new(&leaf, true).weigh_cpu(WEIGHT))
+}
+
+/// On v2: the leaf below `base` that they are in. There is none where `base` is the root of all.
+pub(super) fn own_leaf(base: &Dir) -> nix::Result<Option<Dir>> {
     match base.child(SERVER_LEAF) {
-        Ok(leaf) => Control::new(&leaf, true).weigh_cpu(WEIGHT),
-        Err(Errno::ENOENT) => Ok(()),
+        Ok(leaf) => Ok(Some(leaf)),
+        Err(Errno::ENOENT) => Ok(None),
         Err(errno) => Err(errno),
     }
 }

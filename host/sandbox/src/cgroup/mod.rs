@@ -11,6 +11,7 @@ mod gauge;
 pub mod hierarchy;
 mod host;
 mod leaf;
+mod leaves;
 mod machine;
 mod program;
 mod room;

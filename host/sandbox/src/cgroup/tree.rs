@@ -17,13 +17,9 @@ use super::tenant::{Attempt, Ground, Tenant};
 use super::{CgroupError, Extra, Plan, Role, Served, host, room, settings, v1, v2};
 use crate::ceiling::{Ceiling, CeilingError};
 use crate::name::Name;
-use crate::spec::SandboxSpec;
 
 /// How long a tenant's cgroup outlives its last sandbox, so that a quiet tenant's next job finds it.
 const TENANT_LINGER: Duration = Duration::from_secs(2);
-
-/// Leaves of a tenant that are made ahead at most: the next sandbox's, and one for a second that comes at once.
-const STOCK: usize = 2;
 
 /// How long a killed cgroup may take to become empty before a sweep gives up on it.
 const SWEEP_PATIENCE: Duration = Duration::from_secs(2);
@@ -44,7 +40,7 @@ impl Level {
     }
 
     /// Makes `name` below the first `count` of them.
-    fn make_below(&self, name: &str, count: usize) -> nix::Result<Self> {
+    pub(super) fn make_below(&self, name: &str, count: usize) -> nix::Result<Self> {
         let mut made = Vec::with_capacity(count);
         for parent in &self.0[..count] {
             match parent.make(name) {
@@ -71,20 +67,20 @@ impl Level {
 /// The cgroups of this instance.
 #[derive(Debug)]
 pub(crate) struct Tree {
-    plan: Rc<Plan>,
+    pub(super) plan: Rc<Plan>,
     /// The directories that hold the instance's.
     base: Level,
-    name: String,
+    pub(super) name: String,
     root: Rc<Level>,
     ground: Rc<Ground>,
-    tenants: HashMap<Name, Tenant>,
+    pub(super) tenants: HashMap<Name, Tenant>,
     /// Of leaves.
-    numbers: u64,
+    pub(super) numbers: u64,
     /// The ceilings that have been changed, and confirmed, since this process began. What a launch brings along may be
     /// older.
     changed: HashMap<Name, Ceiling>,
     /// Tenants of whom nothing is to run, whether or not they have a cgroup now.
-    frozen: HashSet<Name>,
+    pub(super) frozen: HashSet<Name>,
 }
 
 /// What has become of ceilings that could not be had at once.
@@ -144,13 +140,20 @@ impl Tree {
     }
 
     /// Attaches this process to the cgroup that it is in. Nothing changes, but that the kernel keeps itself ready for
-    /// attaching: the first time after some 15 ms of silence it waits for a grace period of RCU, 7 ms or more. `None` where
-    /// sandboxes are born in their cgroup, which waits for nothing.
-    pub(crate) fn keep_warm(&self) -> Option<nix::Result<()>> {
+    /// attaching: the first time after some 15 ms of silence it waits for a grace period of RCU, 7 ms or more.
+    pub(crate) fn keep_warm(&self) -> nix::Result<()> {
+        let this = Pid::from_raw(0);
         // in the hierarchy of the CPU it may be elsewhere
         let elsewhere = [self.plan.v2, Some(self.plan.roles[&Role::Cpu])];
-        let v1 = (0..self.plan.with_leaves).find(|index| !elsewhere.contains(&Some(*index)))?;
-        Some(self.base.dir(v1).attach(Pid::from_raw(0)))
+        let v1 = (0..self.plan.with_leaves).find(|index| !elsewhere.contains(&Some(*index)));
+        match (v1, self.plan.v2) {
+            (Some(v1), _) => self.base.dir(v1).attach(this),
+            (None, Some(v2)) => {
+                let base = self.base.dir(v2);
+                host::own_leaf(base)?.as_ref().unwrap_or(base).attach(this)
+            }
+            (None, None) => Ok(()),
+        }
     }
 
     /// A second set of descriptors on the same directories, for a process that outlives this one.
@@ -301,82 +304,6 @@ impl Tree {
     /// The nodes in `/dev` that a ceiling adds to the standard ones.
     pub(crate) fn nodes(&self, ceiling: &Ceiling) -> Vec<Node> {
         ceiling.devices.iter().filter_map(|rule| self.ground.machine.node(*rule)).collect()
-    }
-
-    /// A leaf for one sandbox under its tenant, which must have been made by [`Tree::tenant`]. It may have any limits.
-    pub(crate) fn leaf(&mut self, tenant: &Name) -> nix::Result<Leaf> {
-        let ahead = self.tenants.get_mut(tenant).and_then(|entry| {
-            entry.leaves += usize::from(!entry.stock.is_empty());
-            entry.stock.pop()
-        });
-        match ahead {
-            Some(leaf) => Ok(leaf),
-            None => self.make_sandbox_leaf(tenant),
-        }
-    }
-
-    fn make_sandbox_leaf(&mut self, tenant: &Name) -> nix::Result<Leaf> {
-        self.numbers += 1;
-        self.make_leaf(tenant, &format!("sandbox-{}", self.numbers), false)
-    }
-
-    /// Makes leaves ahead for sandboxes like `spec`, one at each call. Whether there is more to do.
-    ///
-    /// A leaf that has been used is not used again: v1 resets neither the peak of pids nor, at a bearable price, that of
-    /// memory.
-    pub(crate) fn stock_up(&mut self, spec: &SandboxSpec) -> bool {
-        let missing = |tree: &Self| tree.tenants.get(&spec.tenant).is_some_and(|entry| entry.stock.len() < STOCK);
-        if missing(self)
-            && let Ok(mut leaf) = self.make_sandbox_leaf(&spec.tenant)
-            && let Some(entry) = self.tenants.get_mut(&spec.tenant)
-        {
-            entry.leaves -= 1;
-            // one that could not be made ready is made ready again, or refused, when it is needed
-            let _ = leaf.make_ready(spec);
-            entry.stock.push(leaf);
-            return missing(self);
-        }
-        false
-    }
-
-    /// The same for a process of the host's own, which counts for nobody.
-    pub(crate) fn own_leaf(&mut self, tenant: &Name, name: &str) -> nix::Result<Leaf> {
-        self.make_leaf(tenant, name, true)
-    }
-
-    fn make_leaf(&mut self, tenant: &Name, name: &str, own: bool) -> nix::Result<Leaf> {
-        let entry = self.tenants.get_mut(tenant).ok_or(Errno::ENOENT)?;
-        let level = entry.level.make_below(name, self.plan.with_leaves)?;
-        entry.leaves += 1;
-        if own {
-            entry.set_own(&self.plan, entry.own() + 1);
-        }
-        let path = format!("/{}/{tenant}/{name}", self.name);
-        let leaf = Leaf::new(self.plan.clone(), entry.level.clone(), tenant.clone(), path, level, own);
-        if self.frozen.contains(tenant)
-            && self.plan.v2.is_none()
-            && let Err(errno) = leaf.freeze(true)
-        {
-            // there is nothing in it, so it goes
-            let _ = self.remove(leaf);
-            return Err(errno);
-        }
-        Ok(leaf)
-    }
-
-    /// Removes the leaf's directories. Gives it back, to be tried again, if the last task is still on its way out.
-    pub(crate) fn remove(&mut self, leaf: Leaf) -> Option<Leaf> {
-        if leaf.remove().is_err() {
-            return Some(leaf);
-        }
-        if let Some(tenant) = self.tenants.get_mut(leaf.tenant()) {
-            tenant.leaves -= 1;
-            if leaf.is_own() {
-                tenant.set_own(&self.plan, tenant.own() - 1);
-            }
-            tenant.idle_since = Instant::now();
-        }
-        None
     }
 
     /// Removes the cgroups of tenants that have been idle for a while. Returns when to look again.

@@ -189,6 +189,7 @@ impl Launcher<'_> {
         let now = Instant::now();
         let pause = Pause::of_newborn(self.tree.freezes(leaf.tenant()), now);
         self.warm = self.ahead.then_some((now + WARM_FOR, now));
+        self.watch_over(now);
         let mut live = Live {
             spec,
             pid,

@@ -122,10 +122,11 @@ impl Source {
     }
 }
 
-/// How many zygotes there may be, and for how long.
+/// How many zygotes there may be, for how long, and what must be left besides, in bytes.
 struct ZygoteLimits {
     zygotes: usize,
     zygote_idle: Duration,
+    memory_reserve: u64,
 }
 
 /// The launcher's whole state.
@@ -251,9 +252,9 @@ impl Launcher<'_> {
             return Some(last + WARM_EVERY);
         }
         match self.tree.keep_warm() {
-            Some(Ok(())) => self.warm = Some((until, now)),
-            // not needed, or not to be had: launches are a little slower
-            None | Some(Err(_)) => self.warm = None,
+            Ok(()) => self.warm = Some((until, now)),
+            // launches are a little slower
+            Err(_) => self.warm = None,
         }
         self.warm.map(|_| now + WARM_EVERY)
     }

@@ -186,7 +186,11 @@ fn lay_foundation(config: &LauncherConfig) -> Result<Foundation, Vec<String>> {
             tree,
             null,
             ahead: config.ahead,
-            limits: ZygoteLimits { zygotes: config.zygotes.max(1), zygote_idle: config.zygote_idle },
+            limits: ZygoteLimits {
+                zygotes: config.zygotes.max(1),
+                zygote_idle: config.zygote_idle,
+                memory_reserve: config.memory_reserve,
+            },
             host_millicores: u32::try_from(cores).unwrap_or(u32::MAX).saturating_mul(1000),
         }),
         (_, _, tree, _) => {

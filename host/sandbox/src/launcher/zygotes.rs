@@ -25,6 +25,7 @@ use crate::error::{AtStep, LaunchError, Step};
 use crate::init::seccomp::Filters;
 use crate::init::zygote::{self, ZygoteBirth};
 use crate::name::Name;
+use crate::protocol::FromLauncher;
 use crate::spawn::{FromZygote, ToZygote};
 use crate::spec::{ArtifactId, SandboxId, SandboxSpec};
 use crate::sys::process::{Cloned, clone3, exit_now, pidfd_send_signal};
@@ -39,7 +40,7 @@ const ASKED_AT_ONCE: usize = 16;
 /// Messages taken from one zygote before others are looked after.
 const MESSAGES: usize = 64;
 
-/// How often idle zygotes are looked for.
+/// How often idle zygotes are looked for, and how much memory is left.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// A zygote's number. Never used again.
@@ -157,8 +158,7 @@ impl Launcher<'_> {
                     failure,
                 };
                 self.zygotes.insert(id, zygote);
-                self.look_at_zygotes =
-                    Some(self.look_at_zygotes.map_or(now + LOOK_EVERY, |at| at.min(now + LOOK_EVERY)));
+                self.watch_over(now);
                 Ok(id)
             }
             Err(error) => {
@@ -375,13 +375,20 @@ impl Launcher<'_> {
         self.leave_family(zygote.key.family);
     }
 
-    /// Ends zygotes that have been idle, and those that do not come to load their artifact. Returns when to look again.
+    /// Looks at what lives from time to time, from now on.
+    pub(super) fn watch_over(&mut self, now: Instant) {
+        self.look_at_zygotes.get_or_insert(now + LOOK_EVERY);
+    }
+
+    /// Ends zygotes that have been idle, and those that do not come to load their artifact. Where memory is short, being
+    /// idle for a moment is enough, and the server is told, as sandboxes may be waiting for jobs. Returns when to look again.
     pub(super) fn look_at_zygotes(&mut self, now: Instant) -> Option<Instant> {
         let due = self.look_at_zygotes?;
         if now < due {
             return Some(due);
         }
-        let idle = self.limits.zygote_idle;
+        let short = available_memory().is_some_and(|bytes| bytes < self.limits.memory_reserve);
+        let idle = if short { Duration::ZERO } else { self.limits.zygote_idle };
         let done = |zygote: &Zygote| match zygote.namespaces {
             None => now >= zygote.since + READY_WITHIN && !self.tree.freezes(zygote.leaf.tenant()),
             Some(_) => {
@@ -393,7 +400,11 @@ impl Launcher<'_> {
         for id in done {
             self.end_zygote(id);
         }
-        self.look_at_zygotes = (!self.zygotes.is_empty()).then(|| now + LOOK_EVERY);
+        let anything = !self.zygotes.is_empty() || !self.live.is_empty();
+        if short && anything {
+            self.outbox.send(FromLauncher::MemoryShort);
+        }
+        self.look_at_zygotes = anything.then(|| now + LOOK_EVERY);
         self.look_at_zygotes
     }
 
@@ -409,6 +420,13 @@ impl Launcher<'_> {
             }
         }
     }
+}
+
+/// Bytes that the host can give without taking them from anybody who uses them.
+fn available_memory() -> Option<u64> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim_end().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 const NO_FDS: &[OwnedFd] = &[];

@@ -97,6 +97,7 @@ pub(crate) fn config(instance: Name, lock_dir: &Path) -> LauncherConfig {
         preferred: false,
         zygotes: 4,
         zygote_idle,
+        memory_reserve: 1,
     }
 }
 
