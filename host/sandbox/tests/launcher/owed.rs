@@ -170,7 +170,9 @@ fn orders_for_what_is_owed() {
 /// While its tenant has little of the CPU a zygote has little too, and not for longer.
 fn more_cpu() {
     let mut client = Client::start();
-    let little = Ceiling { cpu_millicores: Some(10), ..Ceiling::default() };
+    // on a slow machine what makes sandboxes takes as many times more, and is given that
+    let millicores = 10 * u32::try_from(at_most(Duration::from_secs(1)).as_secs()).unwrap();
+    let little = Ceiling { cpu_millicores: Some(millicores), ..Ceiling::default() };
     assert_eq!(client.set_ceiling("acme".parse().unwrap(), little), Ok(()));
     client.run(spec(Kind::Wasm), "mark");
     wait_until("it has been throttled", || {
