@@ -4,10 +4,12 @@
 
 mod support;
 
+use std::fs;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use support::inspect::{Process, Running};
+use support::wat::command;
 use support::{Server, native, wait_until};
 
 const MIB: u64 = 1 << 20;
@@ -35,6 +37,13 @@ fn said(server: &Server, tenant: &str, words: &[&str]) -> Value {
     assert_eq!(record["outcome"], json!({"kind": "exited", "exit_code": 0}), "{words:?}: {record}");
     serde_json::from_str(record["output"].as_str().unwrap())
         .unwrap_or_else(|error| panic!("{words:?}: {error}: {record}"))
+}
+
+/// A job that uses CPU time until it is ended, on however slow a machine.
+const ENDLESS: [&str; 2] = ["spin", "3600000"];
+
+fn endless() -> Value {
+    json!({"wall_time_ms": 3_600_000, "cpu_time_ms": 3_600_000})
 }
 
 fn run(server: &Server, tenant: &str, words: &[&str], limits: &Value) -> Running {
@@ -79,12 +88,7 @@ fn cpus_of_this_machine() -> usize {
 fn tenants_share_a_cpu_as_their_weights_say_however_many_jobs_they_have() {
     let server = start([json!({"cpu_weight": 50, "cpuset": "0"}), json!({"cpu_weight": 200, "cpuset": "0"})]);
     server.favour_jobs();
-    let spin = ["spin", "25000"];
-    let (a, more, b) = (
-        run(&server, "a", &spin, &json!({})),
-        run(&server, "a", &spin, &json!({})),
-        run(&server, "b", &spin, &json!({})),
-    );
+    let [a, more, b] = ["a", "a", "b"].map(|tenant| run(&server, tenant, &ENDLESS, &endless()));
     let used = shares(&server, &[&a, &more, &b], Duration::from_secs(2));
     assert_near(used[2] / (used[0] + used[1]), 4.0, 0.15, "1:4");
     // and at once when they change
@@ -101,8 +105,7 @@ fn tenants_share_a_cpu_as_their_weights_say_however_many_jobs_they_have() {
 fn a_tenant_s_jobs_together_have_no_more_cpu_than_its_cores_and_each_its_own_when_they_are_raised() {
     let server = start([json!({"cpu_cores": 0.4}), json!({})]);
     server.favour_jobs();
-    let spin = ["spin", "25000"];
-    let jobs = [run(&server, "a", &spin, &json!({})), run(&server, "a", &spin, &json!({}))];
+    let jobs = [(); 2].map(|()| run(&server, "a", &ENDLESS, &endless()));
     let rate = |cores: Value| {
         limit(&server, "a", &json!({ "cpu_cores": cores }));
         let begun = std::time::Instant::now();
@@ -126,7 +129,7 @@ fn jobs_run_on_the_cpus_of_their_tenant_alone_and_move_when_they_change() {
     limit(&server, "a", &json!({"cpuset": last.to_string()}));
     assert_eq!(said(&server, "a", &["cpus", "4", "200"]), json!([last]));
     // one that runs
-    let job = run(&server, "a", &["spin", "25000"], &json!({}));
+    let job = run(&server, "a", &ENDLESS, &endless());
     let on = || {
         job.processes(&server)
             .last()
@@ -149,6 +152,7 @@ fn jobs_run_on_the_cpus_of_their_tenant_alone_and_move_when_they_change() {
     assert!(all["limits"].is_null(), "{all}");
     let allowed = job.processes(&server).last().unwrap().status()["Cpus_allowed_list"].clone();
     assert_ne!(allowed, "0");
+    server.order(job.id(), "cancel").expect(200);
     // a job cannot choose others
     limit(&server, "a", &json!({"cpuset": "0"}));
     let record = server.job("a", "probe", &json!(["spin-on", last.to_string(), "1"]), &json!({}), b"");
@@ -200,6 +204,40 @@ fn memory_lowered_below_what_is_in_use_ends_the_largest_job_and_no_more_than_is_
 }
 
 #[test]
+fn what_is_kept_for_jobs_to_come_gives_way_to_less_memory() {
+    const LEAST: u64 = 4 * MIB;
+    let server = Server::start_with("zygote_idle_ms = 3600000\nparked_per_plugin = 0\n");
+    server.tenant("a", &json!({}));
+    // zygotes of so many plugins that they use more than the least that a tenant can be given
+    for number in 0.. {
+        assert!(number < 60, "they use next to nothing");
+        let plugin = format!("wasm-{number}");
+        // another artifact each
+        server.upload("a", &plugin, command(&[], "", &format!("(drop (i32.const {number}))")).as_bytes());
+        let record = server.job("a", &plugin, &json!([]), &json!({}), b"");
+        assert_eq!(record["outcome"], json!({"kind": "exited", "exit_code": 0}), "{record}");
+        if used(&server, "a") > LEAST + MIB / 2 {
+            break;
+        }
+    }
+    limit(&server, "a", &json!({"memory_bytes": LEAST}));
+    wait_until("they use less", || (used(&server, "a") <= LEAST).then_some(()));
+    assert_eq!(
+        server.job("a", "wasm-0", &json!([]), &json!({"memory_bytes": 16 * MIB}), b"")["outcome"]["kind"],
+        "exited"
+    );
+    server.operator("DELETE", "/v1/tenants/a", &[], b"").expect(204);
+}
+
+/// Memory that all processes of a tenant use, those that are not jobs included.
+fn used(server: &Server, tenant: &str) -> u64 {
+    let files = ["memory.usage_in_bytes", "memory.current"];
+    let paths = server.cgroups().into_iter().flat_map(|root| files.map(|file| root.join(tenant).join(file)));
+    let figures = paths.filter_map(|path| fs::read_to_string(path).ok()?.trim().parse().ok());
+    figures.max().unwrap_or(0)
+}
+
+#[test]
 fn a_tenant_s_jobs_together_have_as_many_processes_as_its_pids() {
     let server = start([json!({"pids": 20}), json!({})]);
     let held = run(&server, "a", &["report-and-wait"], &json!({}));
@@ -238,6 +276,10 @@ fn what_this_machine_does_not_have_is_refused_by_name_and_leaves_everything_as_i
             assert!(!problem["possible"].as_str().unwrap().is_empty(), "{problem}");
         }
     }
+    let answer = server.patch_json("/v1/tenants/a", &json!({"limits": {"egress_bps": 1000, "pids": 30}}));
+    assert_eq!(answer.problem(422), "not_available");
+    let problem = answer.json();
+    assert_eq!((&problem["field"], &problem["given"]), (&json!("limits.egress_bps"), &json!(1000)), "{problem}");
     assert_eq!(server.get("/v1/tenants/a").json(), before);
     server.get("/v1/tenants/new").problem(404);
     // what held before holds

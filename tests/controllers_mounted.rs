@@ -201,10 +201,11 @@ fn what_is_not_mounted_is_done_by_a_program_or_refused_with_a_way_out() {
         ("io_weight", json!(50), "blkio"),
         ("cpuset", json!("0"), "cpuset"),
     ] {
-        let answer = server.patch_json("/v1/tenants/t", &json!({"limits": {field: value}}));
+        let answer = server.patch_json("/v1/tenants/t", &json!({"limits": {field: &value}}));
         assert_eq!(answer.problem(422), "not_available", "{field}");
         let problem = answer.json();
-        assert_eq!(problem["field"], format!("limits.{field}"));
+        assert_eq!((&problem["field"], &problem["given"]), (&json!(format!("limits.{field}")), &value), "{problem}");
+        assert!(problem["possible"].as_str().unwrap().contains("to leave it out"), "{problem}");
         assert!(problem["detail"].as_str().unwrap().contains(&format!("mount -t cgroup -o {name}")), "{problem}");
     }
     server.assert_healthy();

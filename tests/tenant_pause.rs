@@ -149,6 +149,18 @@ fn what_is_on_its_way_into_a_sandbox_comes_there_when_the_tenant_is_resumed() {
     server.assert_healthy();
 }
 
+#[test]
+fn the_launcher_s_death_takes_along_what_is_on_its_way_into_a_paused_sandbox() {
+    let mut server = start_with(PATIENT);
+    // at whatever moment of their launch some of them stand still
+    let requests = [(); 12].map(|()| asked_for(&server));
+    server.pause_tenant("t", true);
+    server.launcher().signal(Signal::SIGKILL);
+    assert!(!server.wait().success());
+    drop(requests);
+    wait_until("no cgroup is left", || server.cgroups().is_empty().then_some(()));
+}
+
 /// Every process of tenant `t`, with the CPU time that it has had: of jobs, and of whatever waits for them.
 fn everything(server: &Server) -> Vec<(u32, String)> {
     let mut found: Vec<u32> = Vec::new();

@@ -241,7 +241,10 @@ impl From<SettingsError> for Problem {
                 .with("given", given)
                 .with("possible", possible),
             SettingsError::Limit { field, error } => Self::from(error).with("field", field),
-            SettingsError::NotAvailable { field } => Self::new(Code::NotAvailable, detail).with("field", field),
+            SettingsError::NotAvailable { field, given } => Self::new(Code::NotAvailable, detail)
+                .with("field", field)
+                .with("given", given)
+                .with("possible", "to leave it out"),
         }
     }
 }
@@ -251,7 +254,9 @@ impl From<SetCeilingError> for Problem {
         let SetCeilingError::Refused(refused) = error else { return Self::internal(&error) };
         let detail = refused.to_string();
         match refused {
-            CeilingError::NotAvailable { field, .. } => Self::new(Code::NotAvailable, detail).with("field", field),
+            CeilingError::NotAvailable { field, why } => Self::new(Code::NotAvailable, detail)
+                .with("field", field)
+                .with("possible", format!("to leave it out; {why}")),
             CeilingError::Impossible { field, given, possible } => Self::new(Code::LimitOutOfRange, detail)
                 .with("limit", field)
                 .with("given", given)

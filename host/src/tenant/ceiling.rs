@@ -55,7 +55,7 @@ impl CeilingSettings {
     pub(super) fn check(json: &Map<String, Value>) -> Result<(), SettingsError> {
         for (key, value) in json {
             if NOT_AVAILABLE.contains(&key.as_str()) {
-                return Err(SettingsError::NotAvailable { field: format!("limits.{key}") });
+                return Err(SettingsError::NotAvailable { field: format!("limits.{key}"), given: value.clone() });
             }
             if let Some((_, minimum, maximum, _)) = NUMBERS.iter().find(|(name, ..)| name == key) {
                 check_number(&format!("limits.{key}"), value, *minimum, *maximum, key == "cpu_cores")?;

@@ -78,6 +78,8 @@ pub enum SettingsError {
     NotAvailable {
         /// The field's path.
         field: String,
+        /// What was given.
+        given: Value,
     },
 }
 

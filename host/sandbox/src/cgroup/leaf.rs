@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 use super::control::Control;
 use super::tree::Level;
 use super::{Extra, Plan, Role, UNIFIED, v2};
+use crate::limits::Limits;
 use crate::name::Name;
 use crate::spec::SandboxSpec;
 
@@ -150,6 +151,12 @@ impl Leaf {
     /// Writes the CPU limit alone.
     pub(crate) fn limit_cpu(&self, spec: &SandboxSpec) -> nix::Result<()> {
         self.control(Role::Cpu).limit_cpu(Shares::of(spec).millicores)
+    }
+
+    /// Writes that of a process of the host's own: as much as its tenant has.
+    pub(crate) fn limit_own_cpu(&self, ceiling_millicores: Option<u32>) -> nix::Result<()> {
+        let most = *Limits::CPU_MILLICORES.end();
+        self.control(Role::Cpu).limit_cpu(ceiling_millicores.map_or(most, |ceiling| most.min(ceiling)))
     }
 
     /// Sees to it that an OOM kill takes the whole job: on v2 the kernel does, on v1 the descriptor given becomes

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::Launcher;
+use super::zygotes::ZygoteId;
 use crate::ceiling::{Ceiling, CeilingError};
 use crate::name::Name;
 use crate::protocol::FromLauncher;
@@ -47,8 +48,15 @@ impl Launcher<'_> {
     /// One at a time, as it may be enough.
     fn end_largest_of(&mut self, tenant: &Name) {
         let own = || self.live.iter().filter(|(_, live)| live.leaf.tenant() == tenant);
-        if own().any(|(_, live)| live.killed.is_some() || live.failure.is_some()) {
+        let zygotes = || self.zygotes.iter().filter(|(_, zygote)| zygote.leaf.tenant() == tenant);
+        let dying = own().any(|(_, live)| live.killed.is_some() || live.failure.is_some());
+        if dying || zygotes().any(|(_, zygote)| zygote.failure.is_some()) {
             return;
+        }
+        // what is kept for jobs to come goes before a job
+        let unneeded: Vec<ZygoteId> = zygotes().filter(|(_, zygote)| !zygote.owes()).map(|(id, _)| *id).collect();
+        if !unneeded.is_empty() {
+            return unneeded.into_iter().for_each(|id| self.end_zygote(id));
         }
         let largest: Option<SandboxId> = own().max_by_key(|(_, live)| live.leaf.memory_used()).map(|(id, _)| *id);
         if let Some(id) = largest {
@@ -56,7 +64,8 @@ impl Launcher<'_> {
         }
     }
 
-    /// On v1 no job's CPU quota may be above its tenant's: each has what it is to have, as far as the tenant has it.
+    /// On v1 no job's CPU quota may be above its tenant's: each has what it is to have, as far as the tenant has it, and
+    /// what makes sandboxes has as much as the tenant.
     fn adjust_cpu_of(&mut self, tenant: &Name) {
         let Some(millicores) = self.tree.cpu_ceiling(tenant) else { return };
         for live in self.live.values_mut().filter(|live| live.leaf.tenant() == tenant) {
@@ -65,6 +74,11 @@ impl Launcher<'_> {
                 // refused only where the cgroup is about to go
                 let _ = live.leaf.limit_cpu(&live.spec);
             }
+        }
+        let zygotes = self.zygotes.values().map(|zygote| &zygote.leaf);
+        let own = zygotes.chain(self.families.values().map(|family| &family.leaf));
+        for leaf in own.filter(|leaf| leaf.tenant() == tenant) {
+            let _ = leaf.limit_own_cpu(millicores);
         }
     }
 }

@@ -65,6 +65,7 @@ impl Launcher<'_> {
             let result = self.thaw_tenant(tenant).map(|()| Answer::Done);
             return self.answer(request, result);
         }
+        self.end_zygotes_that_owe_killed_ones(tenant);
         let dying = self.dying_leaves_of(tenant);
         match self.tree.freeze(tenant, true, |leaf| dying.contains(leaf)) {
             Ok(()) => self.look_for_freeze(request, target),
@@ -171,7 +172,7 @@ impl Launcher<'_> {
         Ok(Answer::Done)
     }
 
-    fn thaw_tenant(&mut self, tenant: &Name) -> Result<(), OrderError> {
+    pub(super) fn thaw_tenant(&mut self, tenant: &Name) -> Result<(), OrderError> {
         let own = self.leaves_of(tenant, |live| live.pause.own);
         self.tree.freeze(tenant, false, |leaf| own.contains(leaf)).map_err(|errno| refused("freezer", errno))?;
         let now = Instant::now();
@@ -254,7 +255,9 @@ impl Launcher<'_> {
         let mut leaves = self.leaves_of(tenant, Live::is_dying);
         let zygotes = self.zygotes.values().filter(|zygote| zygote.failure.is_some()).map(|zygote| &zygote.leaf);
         let families = self.families.values().filter(|family| family.ending).map(|family| &family.leaf);
-        let own = zygotes.chain(families).filter(|leaf| leaf.tenant() == tenant);
+        // what a dead zygote had cloned and not told of may still be on its way out
+        let left = self.leaving.iter().chain(&self.busy);
+        let own = zygotes.chain(families).chain(left).filter(|leaf| leaf.tenant() == tenant);
         leaves.extend(own.map(|leaf| leaf.name().to_owned()));
         leaves
     }

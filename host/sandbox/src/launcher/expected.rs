@@ -163,6 +163,14 @@ impl Launcher<'_> {
         }
     }
 
+    /// A tenant is about to be frozen: a zygote that stands still does not come to tell of what has been killed meanwhile.
+    pub(super) fn end_zygotes_that_owe_killed_ones(&mut self, tenant: &Name) {
+        let owed = self.expected.values().filter(|expected| expected.killed.is_some());
+        let zygotes: Vec<ZygoteId> =
+            owed.filter(|expected| expected.leaf.tenant() == tenant).map(|expected| expected.zygote).collect();
+        zygotes.into_iter().for_each(|id| self.end_zygote(id));
+    }
+
     /// A sandbox has not come in time: its zygote is stuck.
     pub(super) fn expected_is_late(&mut self, id: SandboxId) {
         let Some(expected) = self.expected.get(&id) else { return };

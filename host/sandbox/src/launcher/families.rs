@@ -83,6 +83,7 @@ impl Launcher<'_> {
                     Err(error) => {
                         // it is a child that has nothing yet
                         let _ = pidfd_send_signal(pidfd.as_fd(), Signal::SIGKILL);
+                        self.unwatch(pidfd);
                         self.strangers_until = self.strangers_from_now();
                         Err(error)
                     }
@@ -127,6 +128,7 @@ impl Launcher<'_> {
             return;
         }
         let Some(family) = self.families.remove(&id) else { return };
+        self.unwatch(&family.pidfd);
         let kept = self.families.values().any(|other| other.run == family.run);
         self.uids.keep(family.run, kept);
         self.remove(family.leaf);

@@ -135,8 +135,8 @@ impl Launcher<'_> {
                 }
                 Err(RecvError::Empty) => return,
                 Err(RecvError::Closed | RecvError::Io(_)) => {
-                    live.gate = None; // closing it takes it out of the epoll set
-                    return;
+                    let gate = live.gate.take();
+                    return gate.into_iter().for_each(|gate| self.unwatch(gate.0));
                 }
             }
         }
@@ -276,6 +276,9 @@ impl Launcher<'_> {
         let Some(status) = reap(&live.pidfd) else { return };
         self.set_alarm(id, None);
         let Some(live) = self.live.remove(&id) else { return };
+        self.unwatch(&live.pidfd);
+        live.gate.iter().for_each(|gate| self.unwatch(&gate.0));
+        live.oom.iter().for_each(|oom| self.unwatch(oom));
         // told with a job's report alone: what else there is of sandboxes is made and ended unheard
         let had_job = matches!(live.stage, Stage::Running(_)) && live.spec.kind != Kind::Compile;
         let tenant_io = if had_job { self.tree.io_since(live.leaf.tenant()) } else { None };

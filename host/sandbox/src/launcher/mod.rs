@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::signal::Signal;
-use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use self::control::Freezing;
@@ -74,9 +74,11 @@ const LAST_WAIT: Duration = Duration::from_millis(1200);
 /// The highest sandbox id: three bits of an event's token say what happened to it.
 const MAX_ID: u64 = u64::MAX >> 3;
 
-/// How long after the end of a zygote children are looked for that it has not told of, and how often.
+/// How long after the end of a zygote children are looked for that it has not told of, and how often; and how often as
+/// long as there are some that live.
 const STRANGERS_FOR: Duration = Duration::from_secs(2);
 const STRANGERS_EVERY: Duration = Duration::from_millis(20);
+const STRANGERS_LATER: Duration = Duration::from_millis(500);
 
 /// What an event is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -274,6 +276,8 @@ impl Launcher<'_> {
                 ToLauncher::Kill(id) => self.kill(id, KillCause::Requested),
                 ToLauncher::SetCeiling { request, tenant, ceiling } => self.change_ceiling(request, &tenant, &ceiling),
                 ToLauncher::ForgetTenant(tenant) => {
+                    // what could not be ended yet goes on, its clocks too
+                    let _ = self.thaw_tenant(&tenant);
                     self.tree.forget(&tenant);
                     self.end_zygotes_of(&tenant, None);
                 }
@@ -309,14 +313,17 @@ impl Launcher<'_> {
         let until = self.strangers_until?;
         let own = Pid::this();
         let children = std::fs::read_to_string(format!("/proc/self/task/{own}/children")).unwrap_or_default();
+        let mut live = false;
         for pid in children.split_whitespace().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw) {
             if !self.is_known(pid) {
                 // it is nobody else's to wait for; one that lives is let be
-                let _ = waitpid(pid, Some(WaitPidFlag::WNOHANG | WaitPidFlag::__WALL));
+                let waited = waitpid(pid, Some(WaitPidFlag::WNOHANG | WaitPidFlag::__WALL));
+                live |= waited == Ok(WaitStatus::StillAlive);
             }
         }
-        self.strangers_until = (now < until).then_some(until);
-        self.strangers_until.map(|_| now + STRANGERS_EVERY)
+        // one that stands still with its tenant on v1 comes to its end after
+        self.strangers_until = (live || now < until).then_some(until);
+        self.strangers_until.map(|until| now + if now < until { STRANGERS_EVERY } else { STRANGERS_LATER })
     }
 
     /// Does a little of what nobody waits for.
@@ -380,6 +387,13 @@ impl Launcher<'_> {
 
     fn watch(&self, fd: impl AsFd, source: Source) -> nix::Result<()> {
         self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, source.token()))
+    }
+
+    /// Before a descriptor is closed that is watched, or may be. Closing it is not enough: a child that stands still from
+    /// its birth on has not closed its copy yet, and the kernel would go on to tell of it.
+    fn unwatch(&self, fd: impl AsFd) {
+        // ENOENT: it was not
+        let _ = self.epoll.delete(fd);
     }
 }
 

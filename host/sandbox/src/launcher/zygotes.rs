@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::families::FamilyId;
@@ -80,6 +80,11 @@ impl Zygote {
     pub(super) fn family(&self) -> FamilyId {
         self.key.family
     }
+
+    /// Whether it owes anything.
+    pub(super) fn owes(&self) -> bool {
+        self.asked + self.waiting.len() > 0
+    }
 }
 
 impl Launcher<'_> {
@@ -119,7 +124,7 @@ impl Launcher<'_> {
         if self.zygotes.len() < self.limits.zygotes {
             return Ok(());
         }
-        let unneeded = self.zygotes.iter().filter(|(_, zygote)| zygote.waiting.is_empty() && zygote.asked == 0);
+        let unneeded = self.zygotes.iter().filter(|(_, zygote)| !zygote.owes());
         let oldest = unneeded.min_by_key(|(_, zygote)| zygote.used).map(|(id, _)| *id);
         match oldest {
             Some(id) => {
@@ -204,6 +209,8 @@ impl Launcher<'_> {
             Ok(()) => Ok((pid, pidfd, socket)),
             Err(error) => {
                 let _ = pidfd_send_signal(pidfd.as_fd(), Signal::SIGKILL);
+                self.unwatch(pidfd);
+                self.unwatch(socket);
                 Err(error)
             }
         }
@@ -342,7 +349,14 @@ impl Launcher<'_> {
             return;
         }
         let Some(zygote) = self.zygotes.remove(&id) else { return };
-        // what it has cloned and not told of waits at a gate that nobody opens, and ends
+        self.unwatch(&zygote.pidfd);
+        self.unwatch(&zygote.socket);
+        // what it has cloned and not told of waits at a gate that nobody opens. It would end by itself, if nobody stood
+        // still who has a copy of that gate; being a child of this process it can be told by its pid
+        for pid in zygote.leaf.processes().unwrap_or_default() {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+        let _ = zygote.leaf.kill();
         self.strangers_until = self.strangers_from_now();
         let owed = self.expected.iter().filter(|(_, expected)| expected.zygote == id).map(|(id, _)| *id);
         let owed: Vec<SandboxId> = owed.collect();
@@ -378,7 +392,7 @@ impl Launcher<'_> {
         let done = |zygote: &Zygote| match zygote.namespaces {
             None => now >= zygote.since + READY_WITHIN && !self.tree.freezes(zygote.leaf.tenant()),
             Some(_) => {
-                let busy = zygote.sandboxes + zygote.asked + zygote.waiting.len() > 0;
+                let busy = zygote.sandboxes > 0 || zygote.owes();
                 !busy && now >= zygote.used + idle
             }
         };

@@ -103,6 +103,15 @@ pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: Signal) -> nix::R
     check(ret).map(drop)
 }
 
+/// A descriptor that becomes readable when this process ends.
+pub(crate) fn own_pidfd() -> nix::Result<OwnedFd> {
+    // SAFETY: `pidfd_open` takes two numbers.
+    let fd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, Pid::this().as_raw(), 0) })?;
+    let fd = RawFd::try_from(fd).map_err(|_| Errno::EBADF)?;
+    // SAFETY: it has just been opened, so nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// Closes every descriptor except those in `keep`, and `proc`, a `/proc`, whoever thinks that it owns them.
 ///
 /// For a freshly cloned child only: the copies of its parent's descriptors have no owner in the child but values that

@@ -39,6 +39,12 @@ impl Instance {
         leaves.filter(|leaf| leaf.file_name().unwrap().to_str().unwrap().starts_with("sandbox-")).collect()
     }
 
+    /// Those of one tenant's.
+    pub(crate) fn sandboxes_of(&self, tenant: &str) -> Vec<PathBuf> {
+        let is_of = |leaf: &PathBuf| leaf.parent().is_some_and(|parent| parent.ends_with(tenant));
+        self.sandboxes().into_iter().filter(is_of).collect()
+    }
+
     /// The processes in its sandboxes.
     pub(crate) fn processes(&self) -> Vec<i32> {
         let procs = |cgroup: &PathBuf| fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();

@@ -14,6 +14,7 @@ mod inside;
 mod left;
 mod lies;
 mod orders;
+mod owed;
 #[path = "../../../../tests/support/slowness.rs"]
 mod slowness;
 mod steps;
@@ -42,6 +43,7 @@ fn main() {
     trials.extend(death::trials());
     trials.extend(escape::trials());
     trials.extend(orders::trials());
+    trials.extend(owed::trials());
     // the longest begin first
     trials.splice(0..0, stuck::trials());
     let names: Vec<String> = trials.iter().map(|trial| trial.name().to_owned()).collect();

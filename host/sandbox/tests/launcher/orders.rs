@@ -20,8 +20,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("a_frozen_tenant_s_sandboxes_stand_still_those_to_come_included", frozen_tenant),
         trial("an_order_of_its_own_outlasts_the_tenant_s_freeze", frozen_twice),
         trial("a_tenant_without_sandboxes_can_be_frozen_and_deleted", frozen_without_sandboxes),
-        trial("what_a_frozen_tenant_s_zygote_owes_can_be_killed_and_comes_when_it_is_thawed", owed_while_frozen),
         trial("frozen_sandboxes_end_with_their_launcher", ends_frozen),
+        trial("what_is_frozen_from_its_birth_on_keeps_nothing_of_others", frozen_from_birth),
         trial("limits_change_while_it_runs_and_end_it_if_it_has_passed_them", changed_limits),
         trial("limits_that_cannot_be_changed_are_refused_by_name", unchangeable_limits),
         trial("a_sandbox_s_processes_are_told_all_and_its_own_alone", processes),
@@ -51,7 +51,7 @@ fn with_v1_alone() {
 }
 
 impl Client {
-    fn order(&mut self, id: SandboxId, order: Order) -> u64 {
+    pub(crate) fn order(&mut self, id: SandboxId, order: Order) -> u64 {
         let request = self.new_id().0;
         self.send(&ToLauncher::Order { request, id, order });
         request
@@ -59,7 +59,7 @@ impl Client {
 
     /// The next message, which must answer this request.
     #[track_caller]
-    fn answer(&self, request: u64) -> Result<Answer, OrderError> {
+    pub(crate) fn answer(&self, request: u64) -> Result<Answer, OrderError> {
         match self.recv() {
             FromLauncher::Answer { request: answered, result } if answered == request => result,
             other => panic!("{other:?}"),
@@ -67,24 +67,31 @@ impl Client {
     }
 
     #[track_caller]
-    fn ask(&mut self, id: SandboxId, order: Order) -> Result<Answer, OrderError> {
+    pub(crate) fn ask(&mut self, id: SandboxId, order: Order) -> Result<Answer, OrderError> {
         let request = self.order(id, order);
         self.answer(request)
     }
 
     #[track_caller]
-    fn freeze_tenant(&mut self, frozen: bool) -> Result<Answer, OrderError> {
+    pub(crate) fn freeze_tenant(&mut self, frozen: bool) -> Result<Answer, OrderError> {
         let request = self.new_id().0;
         self.send(&ToLauncher::FreezeTenant { request, tenant: "acme".parse().unwrap(), frozen });
         self.answer(request)
     }
 
     #[track_caller]
-    fn measure(&mut self, id: SandboxId) -> Stats {
+    pub(crate) fn measure(&mut self, id: SandboxId) -> Stats {
         match self.ask(id, Order::Measure) {
             Ok(Answer::Stats(stats)) => *stats,
             other => panic!("{other:?}"),
         }
+    }
+
+    /// The CPU time that the launcher has had, in hundredths of a second.
+    fn cpu_ticks(&self) -> u64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        fields[11..13].iter().map(|ticks| ticks.parse::<u64>().unwrap()).sum()
     }
 
     /// A sandbox in which tenant code spins, deaf to signals.
@@ -232,27 +239,6 @@ fn frozen_without_sandboxes() {
     client.end();
 }
 
-fn owed_while_frozen() {
-    for zygote_is_there in [false, true] {
-        let mut client = Client::start();
-        if zygote_is_there {
-            client.run(spec(Kind::Wasm), "mark");
-        }
-        assert_eq!(client.freeze_tenant(true), Ok(Answer::Done));
-        let [killed, stays] = [(); 2].map(|()| client.launch(spec(Kind::Wasm)));
-        std::thread::sleep(Duration::from_millis(50));
-        let since = Instant::now();
-        client.send(&ToLauncher::Kill(killed.id));
-        let report = client.ended(killed.id);
-        assert_eq!((report.started, report.killed), (false, Some(KillCause::Requested)));
-        assert!(since.elapsed() < at_most(Duration::from_secs(1)), "{:?}", since.elapsed());
-        assert_eq!(client.freeze_tenant(false), Ok(Answer::Done));
-        let isolation = client.ready(stays.id);
-        assert_eq!(client.finish(&stays, isolation, "mark").stdout, "ran\n");
-        client.end();
-    }
-}
-
 fn ends_frozen() {
     for by_tenant in [false, true] {
         let mut client = Client::start();
@@ -264,6 +250,34 @@ fn ends_frozen() {
     let mut client = Client::start();
     let Launched { id, .. } = client.spinning(spec(Kind::Native));
     assert_eq!(client.ask(id, Order::Freeze), Ok(Answer::Done));
+    client.child.kill().unwrap();
+    client.must_be_swept();
+}
+
+/// It has copies of all that the launcher has open, and does not come to close them.
+fn frozen_from_birth() {
+    let mut client = Client::start();
+    for kind in [Kind::Native, Kind::Wasm] {
+        let other = SandboxSpec { tenant: "other".parse().unwrap(), ..spec(kind) };
+        let (parked, isolation) = client.park(other.clone());
+        assert_eq!(client.freeze_tenant(true), Ok(Answer::Done));
+        let newborn = client.launch(spec(Kind::Native));
+        assert_eq!(client.measure(newborn.id).usage.wall_us, 0, "it is there");
+        assert_eq!(client.finish(&parked, isolation, "mark").stdout, "ran\n");
+        wait_until("what is left of the other is cleared away", || client.instance.sandboxes_of("other").is_empty());
+        client.send(&ToLauncher::ForgetTenant(other.tenant));
+        let used = client.cpu_ticks();
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(client.cpu_ticks() - used < 20, "the launcher works for nothing");
+        assert_eq!(client.freeze_tenant(false), Ok(Answer::Done));
+        client.ready(newborn.id);
+        client.send(&ToLauncher::Kill(newborn.id));
+        client.ended(newborn.id);
+    }
+    // nor does it keep the launcher's death from being seen
+    assert_eq!(client.freeze_tenant(true), Ok(Answer::Done));
+    let newborn = client.launch(spec(Kind::Native));
+    assert_eq!(client.measure(newborn.id).usage.wall_us, 0, "it is there");
     client.child.kill().unwrap();
     client.must_be_swept();
 }

@@ -190,7 +190,7 @@ fn one_for_each_artifact() {
     client.end();
 }
 
-fn zygotes(client: &Client) -> Vec<Pid> {
+pub(crate) fn zygotes(client: &Client) -> Vec<Pid> {
     let launcher = client.child.id();
     let children = std::fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap();
     let name = |pid: &str| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();

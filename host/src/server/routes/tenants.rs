@@ -5,11 +5,13 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use holm_sandbox::ceiling::CeilingError;
 use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 
+use crate::launcher::SetCeilingError;
 use crate::limit::{Limit, Runtime};
 use crate::server::app::{App, Params};
 use crate::server::body::{parse_object, read_json};
@@ -173,7 +175,8 @@ async fn store(app: &App, row: TenantRow, allowed: Precondition<TenantRow>) -> R
         if changes {
             // what waits for jobs was made under the ceiling that goes
             app.jobs.unpark(&name, None);
-            app.launcher.set_ceiling(name.clone(), row.settings.ceiling()).await?;
+            let set = app.launcher.set_ceiling(name.clone(), row.settings.ceiling()).await;
+            set.map_err(|error| refusal(error, &row.settings))?;
         }
         let stored = app.store.put_tenant(row, Box::new(move |row| row.map(row_etag) == seen)).await;
         if stored.is_err() && changes {
@@ -183,6 +186,18 @@ async fn store(app: &App, row: TenantRow, allowed: Precondition<TenantRow>) -> R
         Ok(stored?)
     })
     .await
+}
+
+/// A ceiling that was refused, with what of the settings it is about, where the refusal does not say that itself.
+fn refusal(error: SetCeilingError, settings: &TenantSettings) -> Problem {
+    let given = match &error {
+        SetCeilingError::Refused(CeilingError::NotAvailable { field, .. } | CeilingError::Refused { field, .. }) => {
+            json!(settings).pointer(&format!("/{}", field.replace('.', "/"))).cloned()
+        }
+        _ => None,
+    };
+    let problem = Problem::from(error);
+    given.into_iter().fold(problem, |problem, given| problem.with("given", given))
 }
 
 /// An existing tenant, for the operator.
