@@ -36,8 +36,10 @@ const BACK_OFF: Duration = Duration::from_secs(1);
 const PARKED_BYTES: u64 = 4 << 20;
 const PARKED_PIDS: u32 = 2;
 
-/// The part of a tenant's ceiling that its parked sandboxes may use: one in so many.
-const CEILING_PART: u32 = 8;
+/// The parts of a tenant's ceilings that its parked sandboxes may use: one in so many. A job that finds a little less memory
+/// hardly knows; one that forks for as long as it may counts.
+const MEMORY_PART: u64 = 8;
+const PIDS_PART: u32 = 64;
 
 /// How many sandboxes are parked, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,9 +128,8 @@ impl Lot {
 
 /// How many of `spec` may be parked without taking much of the tenant's ceiling.
 fn room(spec: &SandboxSpec) -> usize {
-    let part = u64::from(CEILING_PART);
-    let memory = spec.ceiling.memory_bytes.map(|bytes| bytes / part / PARKED_BYTES);
-    let pids = spec.ceiling.pids.map(|pids| u64::from(pids / CEILING_PART / PARKED_PIDS));
+    let memory = spec.ceiling.memory_bytes.map(|bytes| bytes / MEMORY_PART / PARKED_BYTES);
+    let pids = spec.ceiling.pids.map(|pids| u64::from(pids / PIDS_PART / PARKED_PIDS));
     [memory, pids].into_iter().flatten().min().map_or(usize::MAX, |most| usize::try_from(most).unwrap_or(usize::MAX))
 }
 
