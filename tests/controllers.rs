@@ -5,11 +5,10 @@
 mod support;
 
 use std::fs;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use support::inspect::{Process, Running};
-use support::slowness::wait_for_nobody;
 use support::wat::command;
 use support::{Server, native, wait_until};
 
@@ -89,8 +88,12 @@ fn cpus_of_this_machine() -> usize {
 fn tenants_share_a_cpu_as_their_weights_say_however_many_jobs_they_have() {
     let server = start([json!({"cpu_weight": 50, "cpuset": "0"}), json!({"cpu_weight": 200, "cpuset": "0"})]);
     server.favour_jobs();
-    wait_for_nobody();
-    let [a, more, b] = ["a", "a", "b"].map(|tenant| run(&server, tenant, &ENDLESS, &endless()));
+    let spin = ["spin", "25000"];
+    let (a, more, b) = (
+        run(&server, "a", &spin, &json!({})),
+        run(&server, "a", &spin, &json!({})),
+        run(&server, "b", &spin, &json!({})),
+    );
     let used = shares(&server, &[&a, &more, &b], Duration::from_secs(2));
     assert_near(used[2] / (used[0] + used[1]), 4.0, 0.15, "1:4");
     // and at once when they change
@@ -107,17 +110,13 @@ fn tenants_share_a_cpu_as_their_weights_say_however_many_jobs_they_have() {
 fn a_tenant_s_jobs_together_have_no_more_cpu_than_its_cores_and_each_its_own_when_they_are_raised() {
     let server = start([json!({"cpu_cores": 0.4}), json!({})]);
     server.favour_jobs();
-    wait_for_nobody();
-    let jobs = [(); 2].map(|()| run(&server, "a", &ENDLESS, &endless()));
+    let spin = ["spin", "25000"];
+    let jobs = [run(&server, "a", &spin, &json!({})), run(&server, "a", &spin, &json!({}))];
     let rate = |cores: Value| {
         limit(&server, "a", &json!({ "cpu_cores": cores }));
-        let processes: Vec<Process> = jobs.iter().flat_map(|job| job.processes(&server)).collect();
-        // nothing else is in this time: whatever else this test does has to wait for the jobs, which come first
-        let (begun, before) = (Instant::now(), cpu_time(&processes));
-        wait_until("they have used some time", || {
-            let used = cpu_time(&processes) - before;
-            (used >= Duration::from_millis(800)).then(|| used.as_secs_f64() / begun.elapsed().as_secs_f64())
-        })
+        let begun = std::time::Instant::now();
+        let used = shares(&server, &[&jobs[0], &jobs[1]], Duration::from_millis(800));
+        used.iter().sum::<f64>() / begun.elapsed().as_secs_f64()
     };
     let (low, lower) = (rate(json!(0.4)), rate(json!(0.2)));
     // a busy machine may give less, and never gives more
