@@ -88,7 +88,12 @@ fn cpus_of_this_machine() -> usize {
 fn tenants_share_a_cpu_as_their_weights_say_however_many_jobs_they_have() {
     let server = start([json!({"cpu_weight": 50, "cpuset": "0"}), json!({"cpu_weight": 200, "cpuset": "0"})]);
     server.favour_jobs();
-    let [a, more, b] = ["a", "a", "b"].map(|tenant| run(&server, tenant, &ENDLESS, &endless()));
+    let spin = ["spin", "25000"];
+    let (a, more, b) = (
+        run(&server, "a", &spin, &json!({})),
+        run(&server, "a", &spin, &json!({})),
+        run(&server, "b", &spin, &json!({})),
+    );
     let used = shares(&server, &[&a, &more, &b], Duration::from_secs(2));
     assert_near(used[2] / (used[0] + used[1]), 4.0, 0.15, "1:4");
     // and at once when they change
@@ -105,7 +110,8 @@ fn tenants_share_a_cpu_as_their_weights_say_however_many_jobs_they_have() {
 fn a_tenant_s_jobs_together_have_no_more_cpu_than_its_cores_and_each_its_own_when_they_are_raised() {
     let server = start([json!({"cpu_cores": 0.4}), json!({})]);
     server.favour_jobs();
-    let jobs = [(); 2].map(|()| run(&server, "a", &ENDLESS, &endless()));
+    let spin = ["spin", "25000"];
+    let jobs = [run(&server, "a", &spin, &json!({})), run(&server, "a", &spin, &json!({}))];
     let rate = |cores: Value| {
         limit(&server, "a", &json!({ "cpu_cores": cores }));
         let begun = std::time::Instant::now();
