@@ -87,7 +87,7 @@ fn cpus_of_this_machine() -> usize {
 #[test]
 fn tenants_share_a_cpu_as_their_weights_say_however_many_jobs_they_have() {
     let server = start([json!({"cpu_weight": 50, "cpuset": "0"}), json!({"cpu_weight": 200, "cpuset": "0"})]);
-    server.favour_jobs();
+    let _favoured = server.favour_jobs();
     let spin = ["spin", "25000"];
     let (a, more, b) = (
         run(&server, "a", &spin, &json!({})),
@@ -109,9 +109,8 @@ fn tenants_share_a_cpu_as_their_weights_say_however_many_jobs_they_have() {
 #[test]
 fn a_tenant_s_jobs_together_have_no_more_cpu_than_its_cores_and_each_its_own_when_they_are_raised() {
     let server = start([json!({"cpu_cores": 0.4}), json!({})]);
-    server.favour_jobs();
-    let spin = ["spin", "25000"];
-    let jobs = [run(&server, "a", &spin, &json!({})), run(&server, "a", &spin, &json!({}))];
+    let _favoured = server.favour_jobs();
+    let jobs = [(); 2].map(|()| run(&server, "a", &ENDLESS, &endless()));
     let rate = |cores: Value| {
         limit(&server, "a", &json!({ "cpu_cores": cores }));
         let begun = std::time::Instant::now();
@@ -121,8 +120,8 @@ fn a_tenant_s_jobs_together_have_no_more_cpu_than_its_cores_and_each_its_own_whe
     let (low, lower) = (rate(json!(0.4)), rate(json!(0.2)));
     // a busy machine may give less, and never gives more
     assert!(low < 0.44 && lower < 0.22, "{low} {lower}");
-    // more than both would have if either were still held to what it was cut to
-    // and less than two CPUs, which would leave none for whoever looks
+    // more than both would have if either were still held to what it was cut to, and less than two CPUs, which would leave
+    // none for whoever looks
     wait_until("they have more again", || (rate(json!(0.9)) > 0.44).then_some(()));
     server.operator("DELETE", "/v1/tenants/a", &[], b"").expect(204);
 }

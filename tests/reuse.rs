@@ -123,12 +123,13 @@ fn no_byte_of_a_job_is_in_what_the_next_one_is_made_from() {
     server.tenant("acme", &json!({}));
     let reader = support::wat::after_input(&[], "", "");
     server.upload("acme", "wasm", reader.as_bytes());
-    server.upload("acme", "native", &native("word-count"));
+    server.upload("acme", "native", &native("probe"));
     for plugin in ["wasm", "native"] {
         for _ in 0..3 {
-            server.job("acme", plugin, &json!([]), &json!({}), b"x");
+            server.job("acme", plugin, &json!(["args"]), &json!({}), b"x");
         }
-        let mut job = Running::start(&server, "acme", plugin, &json!([secret()]), &json!({}));
+        // both read until the end of their input; what the last is, they come to hear of after it
+        let mut job = Running::start(&server, "acme", plugin, &json!(["after-input", secret()]), &json!({}));
         assert!(job.feed(secret().as_bytes()));
         let own = |job: &Running| job.processes(&server).into_iter().filter_map(in_memory).sum::<usize>();
         // its arguments, and what it has read
@@ -138,7 +139,7 @@ fn no_byte_of_a_job_is_in_what_the_next_one_is_made_from() {
         look_at_all_that_is_kept(&server);
         wait_until("sandboxes are parked again", || (!kept(&server, "holm-parked").is_empty()).then_some(()));
         look_at_all_that_is_kept(&server);
-        let next = Running::start(&server, "acme", plugin, &json!([]), &json!({}));
+        let next = Running::start(&server, "acme", plugin, &json!(["report-and-wait"]), &json!({}));
         let processes = next.processes(&server);
         assert!(!processes.is_empty());
         assert_eq!(processes.into_iter().filter_map(in_memory).sum::<usize>(), 0, "{plugin}");

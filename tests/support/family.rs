@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -39,7 +40,11 @@ impl Server {
     }
 
     /// Lets the server's jobs, and itself, come before the rest of this machine, which could otherwise take CPU from them.
-    pub fn favour_jobs(&self) {
+    /// One server of a test executable at a time, for as long as what it gives is kept.
+    #[must_use]
+    pub fn favour_jobs(&self) -> MutexGuard<'static, ()> {
+        static FAVOURED: Mutex<()> = Mutex::new(());
+        let favoured = FAVOURED.lock().unwrap_or_else(PoisonError::into_inner);
         for jobs in self.cgroups() {
             let name = jobs.file_name().unwrap().to_string_lossy().into_owned();
             let own = [jobs.with_file_name(format!("server-of-{name}")), jobs.with_file_name("holm-server")];
@@ -51,6 +56,7 @@ impl Server {
                 }
             }
         }
+        favoured
     }
 
     /// Kills the server, gives it no chance to clean up, and waits for its end alone.
