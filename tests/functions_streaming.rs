@@ -137,6 +137,23 @@ fn too_much_output_cuts_the_answer_off() {
 }
 
 #[test]
+fn every_byte_of_a_response_is_counted_though_its_guest_has_ended_before_it_is_read() {
+    let server = start();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..25 {
+                    let answer = server.call("/length?declared=3000&sent=3000").expect(200);
+                    assert_eq!(answer.body.len(), 3000);
+                    assert_eq!(server.finished(&answer)["usage"]["output_bytes"], 3000);
+                }
+            });
+        }
+    });
+    server.assert_guest_well();
+}
+
+#[test]
 fn a_client_that_hangs_up_ends_the_job() {
     let server = start();
     for (line, headers, begins) in [

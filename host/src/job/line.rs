@@ -1,8 +1,10 @@
 //! The connection to an HTTP guest: its standard streams, and the count of what goes over them.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 
 use tokio::net::unix::pipe;
+use tokio::sync::oneshot;
 
 use super::entry::Entry;
 use super::outcome::Stop;
@@ -17,6 +19,8 @@ pub struct Line {
     pub from_guest: pipe::Receiver,
     /// To be told of every piece of a body.
     pub meter: Meter,
+    /// To be kept for as long as the response is being read.
+    pub reader: oneshot::Sender<Infallible>,
 }
 
 /// Counts the bytes of the bodies, and ends a job whose limit is passed. Cheap to clone.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::future::pending;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -14,6 +14,7 @@ use holm_sandbox::usage::{Isolation, KillCause, SandboxReport};
 use jiff::Timestamp;
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
+use tokio::sync::oneshot;
 
 use super::entry::Entry;
 use super::line::{Line, Meter};
@@ -27,6 +28,9 @@ use crate::plugin::Plugin;
 use crate::store::ArtifactError;
 use crate::tenant::Tenant;
 use crate::upload::CompileError;
+
+/// How long after a guest's end its response may still be read to be counted; its place is not free before.
+const READ_WITHIN: Duration = Duration::from_secs(1);
 
 /// What is kept of standard error.
 const STDERR_TAIL_BYTES: usize = 4096;
@@ -253,11 +257,16 @@ async fn run_in(
     let meter = Meter::new(entry.clone(), killer.clone());
     let flows = &entry.flows;
     let spool = jobs.0.store.dir().tmp();
+    let (reader, read) = oneshot::channel();
     let command = match streams {
-        Streams::Command(input) => Some((input, stdin, stdout)),
+        Streams::Command(input) => {
+            drop(reader);
+            Some((input, stdin, stdout))
+        }
         Streams::Http(hand_over) => {
             // should the caller be gone, so are the guest's streams, and soon the guest
-            let _ = hand_over.send(Line { to_guest: stdin, from_guest: stdout, meter: meter.clone() });
+            let line = Line { to_guest: stdin, from_guest: stdout, meter: meter.clone(), reader };
+            let _ = hand_over.send(line);
             None
         }
     };
@@ -300,6 +309,8 @@ async fn run_in(
     let (report, end) = life?;
     let (out, err): (Collected, Collected) = (out?, err?);
 
+    // what a guest wrote last may still be on its way to a client; then it is counted as far as it has come
+    let _ = tokio::time::timeout(READ_WITHIN, read).await;
     usage.measure(&end.usage);
     usage.launch_us = launch_us.unwrap_or_else(|| micros(asked));
     usage.input_bytes = flows.input.bytes();

@@ -67,8 +67,8 @@ pub(super) enum ExchangeError {
 pub(super) struct Answer {
     body: Incoming,
     meter: Meter,
-    /// Tells by its end that nobody reads on.
-    _read: oneshot::Sender<()>,
+    /// Tell by their end that nobody reads on: the connection, and the job.
+    _read: (oneshot::Sender<()>, oneshot::Sender<Infallible>),
 }
 
 /// Sends `request` to the guest and gives the head of its response; the body follows as it is read.
@@ -77,7 +77,7 @@ pub(super) async fn exchange(
     mut request: Request<Body>,
     rule: PaceRule,
 ) -> Result<Response<Answer>, ExchangeError> {
-    let Line { to_guest, from_guest, meter } = line;
+    let Line { to_guest, from_guest, meter, reader } = line;
     let io = TokioIo::new(tokio::io::join(from_guest, Patient(to_guest)));
     let (mut sender, connection) =
         http1::Builder::new().max_headers(MAX_HEADERS).max_buf_size(MAX_HEADER_BYTES).handshake(io).await?;
@@ -106,7 +106,7 @@ pub(super) async fn exchange(
         bytes if bytes > MAX_HEADER_BYTES => return Err(ExchangeError::Headers(bytes)),
         _ => {}
     }
-    Ok(response.map(|body| Answer { body, meter, _read: read }))
+    Ok(response.map(|body| Answer { body, meter, _read: (read, reader) }))
 }
 
 /// The writing end of a guest's connection. A guest may answer and end before it has read its request; for hyper an
