@@ -16,7 +16,7 @@ use support::figures::Figures;
 use support::floor::{self, FLOOR, Floor};
 use support::launches::{Launches, file};
 use support::programs::{EMPTY_MODULE, empty_program};
-use support::times::{Times, interleave, print_table, ratio, rounds};
+use support::times::{interleave, print_table, ratio, rounds};
 use support::{proc, setting};
 
 /// Between two measurements. Shorter than the silence after which the kernel lets the next attach wait.
@@ -42,15 +42,15 @@ fn main() {
     let module = launches.compile(EMPTY_MODULE);
     let program = file(&empty_program());
     let mut bench = Bench { floor, launches, program, module, figures: Figures::of_this_run() };
-    let (floor, wasm) = bench.after_another();
-    bench.after_silence(&floor, &wasm);
+    bench.after_another();
+    bench.after_silence();
     bench.launches.end();
     bench.figures.print();
 }
 
 impl Bench {
-    /// Each after the others. Gives the times of the floor and of Wasm launches.
-    fn after_another(&mut self) -> (Times, Times) {
+    /// Each after the others.
+    fn after_another(&mut self) {
         let names = ["floor", "native: launch", "native: until all is dead", "wasm: launch", "wasm: until all is dead"];
         let times = interleave(names, rounds(), || {
             let breath = || sleep(BREATH);
@@ -72,11 +72,10 @@ impl Bench {
         ] {
             self.figures.measured(name, ratio(side.p50(), floor.p50()));
         }
-        (floor, wasm)
     }
 
-    /// The first launch after nothing has happened for a while; shown beside it is the floor after as much silence.
-    fn after_silence(&mut self, floor: &Times, busy: &Times) {
+    /// The first launch after nothing has happened for a while, which the floor waits for as well.
+    fn after_silence(&mut self) {
         let names = ["floor after silence", "native: launch after silence", "wasm: launch after silence"];
         let times = interleave(names, setting("HOLM_BENCH_SILENCES", 12), || {
             sleep(SILENCE);
@@ -88,9 +87,6 @@ impl Bench {
             [silent_floor, native.launch, wasm.launch]
         });
         print_table("The first after 1 s of silence", &times);
-        let wasm = times[2].p50();
-        let wait = wasm.as_secs_f64() - busy.p50().as_secs_f64();
-        self.figures.measured("launch-silence", ratio(wasm, floor.p50()));
-        self.figures.measured("launch-silence-wait", wait * 1e3);
+        self.figures.measured("launch-silence", ratio(times[2].p50(), times[0].p50()));
     }
 }
