@@ -41,7 +41,6 @@ impl Server {
 
     /// Lets the server's jobs, and itself, come before the rest of this machine, which could otherwise take CPU from them.
     /// One server of a test executable at a time, for as long as what it gives is kept.
-    #[must_use]
     pub fn favour_jobs(&self) -> MutexGuard<'static, ()> {
         static FAVOURED: Mutex<()> = Mutex::new(());
         let favoured = FAVOURED.lock().unwrap_or_else(PoisonError::into_inner);
