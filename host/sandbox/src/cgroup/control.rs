@@ -45,6 +45,23 @@ impl<'a> Control<'a> {
         }
     }
 
+    /// The same for a cgroup above those of jobs. `EBUSY` leaves the limit as it was: v2 would take it and kill until it
+    /// fits, the next one before the memory of the first is free.
+    pub(super) fn change_memory_limit_of_all(&self, bytes: u64) -> nix::Result<()> {
+        if !self.v2 {
+            return self.change_memory_limit(bytes);
+        }
+        let above = || self.memory_used().and_then(|used| used.checked_sub(bytes)).filter(|excess| *excess > 0);
+        if let Some(excess) = above() {
+            // the next look says what could not be reclaimed, or not by this kernel
+            let _ = alarm::within(RECLAIM_WITHIN, || v2::reclaim(self.dir, excess));
+            if above().is_some() {
+                return Err(Errno::EBUSY);
+            }
+        }
+        alarm::within(RECLAIM_WITHIN, || v2::limit_memory(self.dir, bytes))?
+    }
+
     /// Makes an OOM kill take the whole cgroup, where the kernel can do that. On v1 it cannot: there a descriptor is
     /// given that becomes readable when there may have been an OOM kill, for somebody to finish the work.
     pub(super) fn die_whole(&self) -> nix::Result<Option<OwnedFd>> {

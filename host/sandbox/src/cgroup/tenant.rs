@@ -224,7 +224,8 @@ impl Tenant {
         let control = |role| plan.control(&self.level, role);
         let fails = |field: &'static str| move |errno| Trouble::Final(refused(field, errno));
         if now.memory_bytes != new.memory_bytes {
-            match control(Role::Memory).change_memory_limit(new.memory_bytes.unwrap_or(NO_CEILING_BYTES)) {
+            let bytes = new.memory_bytes.unwrap_or(NO_CEILING_BYTES);
+            match control(Role::Memory).change_memory_limit_of_all(bytes) {
                 Err(Errno::EBUSY) => return Err(Trouble::Memory),
                 other => other.map_err(fails("memory_bytes"))?,
             }

@@ -35,6 +35,11 @@ pub(super) fn limit_memory(dir: &Dir, bytes: u64) -> nix::Result<()> {
     dir.write_if_present("memory.swap.max", "0")
 }
 
+/// Frees `bytes` of what is used here and below, without killing. `EAGAIN` if that much could not be found; since Linux 5.19.
+pub(super) fn reclaim(dir: &Dir, bytes: u64) -> nix::Result<()> {
+    dir.write("memory.reclaim", &bytes.to_string())
+}
+
 pub(super) fn kill_whole_group_on_oom(dir: &Dir) -> nix::Result<()> {
     dir.write("memory.oom.group", "1")?;
     dir.confirm("memory.oom.group", 1)

@@ -44,8 +44,7 @@ impl Launcher<'_> {
         self.outbox.send(FromLauncher::CeilingSet { request, result });
     }
 
-    /// What the kernel does on v2 when a limit is lowered below what is in use: one job of the tenant goes, the largest.
-    /// One at a time, as it may be enough.
+    /// More is in use than is to be: one job of the tenant goes, the largest. One at a time, as it may be enough.
     fn end_largest_of(&mut self, tenant: &Name) {
         let own = || self.live.iter().filter(|(_, live)| live.leaf.tenant() == tenant);
         let zygotes = || self.zygotes.iter().filter(|(_, zygote)| zygote.leaf.tenant() == tenant);
