@@ -91,12 +91,12 @@ impl Packets {
         send(self, value, fds)
     }
 
-    /// As [`recv`], with a buffer of its own.
+    /// As [`recv_whole`].
     ///
     /// # Errors
     /// See [`RecvError`].
     pub fn recv<T: DeserializeOwned>(&self, expected: impl Fn(&T) -> usize) -> Result<Received<T>, RecvError> {
-        recv(self, &mut vec![0; MAX_PACKET], expected)
+        recv_whole(self, expected)
     }
 
     /// As [`recv`].
@@ -137,6 +137,22 @@ pub fn send<T: Serialize>(socket: impl AsFd, value: &T, fds: &[impl AsFd]) -> io
     }
 }
 
+/// As [`recv`], through a buffer that is as long as the packet: most are short, and a sandbox that had room for the longest
+/// one would pay for its pages.
+///
+/// # Errors
+/// See [`RecvError`].
+pub fn recv_whole<T: DeserializeOwned>(
+    socket: impl AsFd,
+    expected: impl Fn(&T) -> usize,
+) -> Result<Received<T>, RecvError> {
+    let raw = socket.as_fd().as_raw_fd();
+    // with MSG_TRUNC the kernel tells the length of the packet, not of what there was room for
+    let look = MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC;
+    let length = retried(|| Ok(recvmsg::<()>(raw, &mut [], None, look)?.bytes))?;
+    recv(socket, &mut vec![0; length.min(MAX_PACKET)], expected)
+}
+
 /// Receives one packet through `buffer`; a longer one is malformed. It must bring exactly the number of descriptors
 /// that `expected` names for its value.
 ///
@@ -150,20 +166,12 @@ pub fn recv<T: DeserializeOwned>(
     let mut control = nix::cmsg_space!([RawFd; MAX_FDS], UnixCredentials);
     let mut iov = [IoSliceMut::new(buffer)];
     let socket = socket.as_fd().as_raw_fd();
-    let (len, truncated, fds, sender) = loop {
-        match recvmsg::<()>(socket, &mut iov, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC) {
-            Err(nix::errno::Errno::EINTR) => {}
-            // said once, by an end that closed before it had read everything; what it has sent is still to come
-            Err(nix::errno::Errno::ECONNRESET) => {}
-            Err(nix::errno::Errno::EAGAIN) => return Err(RecvError::Empty),
-            Err(errno) => return Err(RecvError::Io(errno.into())),
-            Ok(message) => {
-                let truncated = message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
-                let (fds, sender) = take_control(message.cmsgs().map_err(|e| RecvError::Io(e.into()))?);
-                break (message.bytes, truncated, fds, sender);
-            }
-        }
-    };
+    let (len, truncated, fds, sender) = retried(|| {
+        let message = recvmsg::<()>(socket, &mut iov, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
+        let truncated = message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
+        let (fds, sender) = take_control(message.cmsgs()?);
+        Ok((message.bytes, truncated, fds, sender))
+    })?;
     if len == 0 && fds.is_empty() {
         return Err(RecvError::Closed);
     }
@@ -175,6 +183,20 @@ pub fn recv<T: DeserializeOwned>(
         return Err(RecvError::Malformed);
     }
     Ok(Received { value, fds, sender })
+}
+
+/// Repeats a call until it is not interrupted.
+fn retried<T>(mut call: impl FnMut() -> nix::Result<T>) -> Result<T, RecvError> {
+    loop {
+        match call() {
+            Err(nix::errno::Errno::EINTR) => {}
+            // said once, by an end that closed before it had read everything; what it has sent is still to come
+            Err(nix::errno::Errno::ECONNRESET) => {}
+            Err(nix::errno::Errno::EAGAIN) => return Err(RecvError::Empty),
+            Err(errno) => return Err(RecvError::Io(errno.into())),
+            Ok(done) => return Ok(done),
+        }
+    }
 }
 
 /// Owns every descriptor that came, so that none leaks whatever the packet turns out to be.

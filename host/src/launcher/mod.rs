@@ -155,7 +155,7 @@ async fn drive(inner: Arc<Inner>, socket: AsyncPackets, mut inbox: mpsc::Unbound
 async fn receive(inner: &Inner, socket: &AsyncPackets) -> LauncherGone {
     let mut buffer = vec![0; MAX_PACKET];
     loop {
-        match socket.recv::<FromLauncher>(&mut buffer).await {
+        match socket.recv_into::<FromLauncher>(&mut buffer).await {
             Ok(message) => inner.dispatch(message),
             Err(RecvError::Closed) => return LauncherGone(None),
             Err(error) => return LauncherGone(Some(io::Error::other(error))),

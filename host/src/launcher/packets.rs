@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram as StdSocket;
 
-use holm_sandbox::wire::{self, Packets, RecvError};
+use holm_sandbox::wire::{self, Packets, Received, RecvError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::Interest;
@@ -28,9 +28,18 @@ impl AsyncPackets {
         self.0.async_io(Interest::WRITABLE, || wire::send(&self.0, value, fds)).await
     }
 
+    /// Receives one packet without descriptors, through `buffer`.
+    pub(super) async fn recv_into<T: DeserializeOwned>(&self, buffer: &mut [u8]) -> Result<T, RecvError> {
+        self.when_there(|| wire::recv(&self.0, buffer, |_| 0)).await
+    }
+
     /// Receives one packet without descriptors.
-    pub(super) async fn recv<T: DeserializeOwned>(&self, buffer: &mut [u8]) -> Result<T, RecvError> {
-        let received = self.0.async_io(Interest::READABLE, || match wire::recv::<T>(&self.0, buffer, |_| 0) {
+    pub(super) async fn recv<T: DeserializeOwned>(&self) -> Result<T, RecvError> {
+        self.when_there(|| wire::recv_whole(&self.0, |_| 0)).await
+    }
+
+    async fn when_there<T>(&self, mut recv: impl FnMut() -> Result<Received<T>, RecvError>) -> Result<T, RecvError> {
+        let received = self.0.async_io(Interest::READABLE, || match recv() {
             Err(RecvError::Empty) => Err(io::ErrorKind::WouldBlock.into()),
             other => Ok(other),
         });

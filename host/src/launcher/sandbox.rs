@@ -9,7 +9,7 @@ use holm_sandbox::LaunchError;
 use holm_sandbox::protocol::ToLauncher;
 use holm_sandbox::spec::{SandboxId, SandboxSpec};
 use holm_sandbox::usage::{Isolation, SandboxReport};
-use holm_sandbox::wire::{MAX_PACKET, Packets};
+use holm_sandbox::wire::Packets;
 use holm_sandbox::workload::JobMessage;
 use tokio::sync::mpsc;
 
@@ -116,7 +116,7 @@ impl Sandbox {
     /// [`SandboxError::LauncherGone`], or [`SandboxError::Refused`] if it failed to take its job.
     pub async fn run(&mut self, started: impl FnOnce()) -> Result<(Option<Report>, SandboxReport), SandboxError> {
         let Self { events, channel, killer } = self;
-        let report = async { channel.recv(&mut vec![0; MAX_PACKET]).await.ok() };
+        let report = async { channel.recv().await.ok() };
         let (report, end) = tokio::join!(report, follow(events, started));
         killer.ended = !matches!(end, Err(SandboxError::LauncherGone));
         Ok((report, end?))

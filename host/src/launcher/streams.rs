@@ -15,7 +15,8 @@ use tokio::net::unix::pipe;
 /// The most of an output that is held in memory. More goes to a file without a name in the data directory.
 const IN_MEMORY: usize = 256 * 1024;
 
-/// Bytes read at once: what a pipe holds by default.
+/// Bytes read at once: a few at first, as most streams carry, then what a pipe holds by default.
+const FIRST_READ: usize = 4 * 1024;
 const READ: usize = 64 * 1024;
 
 /// The server's ends of a job's streams, and the job's own, to be sent to it.
@@ -156,13 +157,14 @@ impl Collector {
         let mut over = Some(over);
         let mut kept = BytesMut::new();
         let mut file: Option<tokio::fs::File> = None;
-        let mut buffer = BytesMut::with_capacity(READ);
+        let mut buffer = BytesMut::with_capacity(FIRST_READ);
         loop {
             buffer.clear();
             let n = stream.read_buf(&mut buffer).await.map_err(StreamError::Read)?;
             if n == 0 {
                 break;
             }
+            buffer.reserve(if n == FIRST_READ { READ } else { 0 });
             let (bytes, limit) = self.flow.count(n);
             if over.is_none() {
                 continue; // also should the limit be raised now: there would be a gap
