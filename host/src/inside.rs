@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::mem::ManuallyDrop;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
@@ -88,8 +89,11 @@ impl Task for Wasm {
 
     fn run(self: Box<Self>, job: Job) -> i32 {
         let Job { payload, channel, started } = job;
+        // not taken apart in the end: that would touch what the zygote has made page by page, and the process ends
+        let mut this = ManuallyDrop::new(self);
+        let memory_bytes = this.memory_bytes;
         let report = match invocation(&payload) {
-            Ok(invocation) => self.loaded.run(&invocation, self.memory_bytes, || started.signal()),
+            Ok(invocation) => this.loaded.run(&invocation, memory_bytes, || started.signal()),
             Err(report) => report,
         };
         tell(&channel, &report)

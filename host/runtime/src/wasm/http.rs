@@ -14,6 +14,7 @@ use hyper::{Request, Response, StatusCode};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::net::unix::pipe;
 use tokio::sync::oneshot;
+use wasmtime::component::ResourceTable;
 use wasmtime::{Result, Store, format_err};
 use wasmtime_wasi_http::WasiHttpView;
 use wasmtime_wasi_http::io::TokioIo;
@@ -22,7 +23,7 @@ use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
 
 use super::answer::{AnswerBody, Settle};
-use super::guest::{State, fuel_left};
+use super::guest::State;
 use super::run::instantiated;
 
 /// Header fields of a request. The server in front has counted them already; this is more than it lets through, as
@@ -47,8 +48,8 @@ pub(super) enum NoResponse {
 }
 
 /// Serves the one request of this process, and waits until both the guest and the transmission of its response are
-/// over. Gives the guest's end and its fuel.
-pub(super) async fn serve(guest: ProxyPre<State>, store: Store<State>) -> (Result<()>, Option<u64>) {
+/// over. Gives the guest's end.
+pub(super) async fn serve(guest: &ProxyPre<State>, store: &mut Store<State>) -> Result<()> {
     let (give_request, request) = oneshot::channel();
     let (give_answer, answer) = oneshot::channel();
     let exchange = Mutex::new(Some((give_request, answer)));
@@ -60,10 +61,8 @@ pub(super) async fn serve(guest: ProxyPre<State>, store: Store<State>) -> (Resul
             answer.await.map_err(|_| Closed)
         }
     });
-    let streams = match streams() {
-        Ok((from, to)) => TokioIo::new(tokio::io::join(from, to)),
-        Err(error) => return (Err(error.into()), fuel_left(&store)),
-    };
+    let (from, to) = streams()?;
+    let streams = TokioIo::new(tokio::io::join(from, to));
     let mut http = http1::Builder::new();
     let connection = http.keep_alive(false).max_headers(MAX_HEADERS).serve_connection(streams, service);
     let connection = async {
@@ -81,19 +80,20 @@ pub(super) async fn serve(guest: ProxyPre<State>, store: Store<State>) -> (Resul
 #[error("closed")]
 struct Closed;
 
-/// Calls the guest. Its store is gone when this returns, and with it what it left open of the response's body.
+/// Calls the guest. Nothing that it had open is left when this returns, of the response's body for instance.
 async fn handle(
-    guest: ProxyPre<State>,
-    mut store: Store<State>,
+    guest: &ProxyPre<State>,
+    store: &mut Store<State>,
     request: oneshot::Receiver<Request<Incoming>>,
     give_answer: oneshot::Sender<Response<AnswerBody>>,
-) -> (Result<()>, Option<u64>) {
+) -> Result<()> {
     let mut body = None;
-    let result = call(&guest, &mut store, request, give_answer, &mut body).await;
+    let result = call(guest, store, request, give_answer, &mut body).await;
     if let Some(body) = body {
         body.settle().await;
     }
-    (result, fuel_left(&store))
+    *store.data_mut().http().table = ResourceTable::new();
+    result
 }
 
 async fn call(
