@@ -16,7 +16,10 @@ use holm_sandbox::launcher::spawn;
 use holm_sandbox::probe::{self, Check, Status};
 use holm_sandbox::protocol::{LauncherConfig, ToLauncher, VERSION};
 use holm_sandbox::wire::Packets;
-use tokio::signal::unix::{SignalKind, signal};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::low_level::pipe;
+use tokio::io::AsyncReadExt as _;
+use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -365,21 +368,23 @@ fn announce(line: &str) -> io::Result<()> {
     out.flush()
 }
 
-struct Signals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
-}
+/// A byte for each order to stop.
+struct Signals(UnixStream);
 
 impl Signals {
     fn listen() -> io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+        let (orders, told) = std::os::unix::net::UnixStream::pair()?;
+        pipe::register(SIGTERM, told.try_clone()?)?;
+        pipe::register(SIGINT, told)?;
+        orders.set_nonblocking(true)?;
+        Ok(Self(UnixStream::from_std(orders)?))
     }
 
     /// Waits for the next order to stop.
     async fn stop(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+        if self.0.read_u8().await.is_err() {
+            // its other end is open for as long as this process
+            std::future::pending().await
         }
     }
 }
