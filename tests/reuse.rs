@@ -253,3 +253,22 @@ fn nothing_is_kept_where_the_host_is_short_of_memory() {
     });
     assert!(begun.elapsed() < at_most(Duration::from_secs(8)), "{:?}", begun.elapsed());
 }
+
+#[test]
+fn the_code_that_all_sandboxes_share_can_be_written_by_nobody() {
+    let server = Server::start();
+    let launcher = server.launcher();
+    let maps = launcher.read("maps");
+    let mut executable = 0;
+    for line in maps.lines().filter(|line| line.split(' ').nth(1).is_some_and(|may| may.contains('x'))) {
+        assert!(!line.split(' ').nth(1).unwrap().contains('w'), "{line}");
+        executable += usize::from(line.contains("(deleted)"));
+    }
+    if fs::exists("/sys/kernel/mm/transparent_hugepage").unwrap() {
+        // the launcher's own, in a file of its own that has no name
+        assert_eq!(executable, 1, "{maps}");
+    }
+    for (fd, file) in launcher.fds() {
+        assert!(!file.contains("(deleted)"), "{fd}: {file}");
+    }
+}

@@ -28,6 +28,7 @@ use crate::protocol::{FromLauncher, LauncherConfig, ToLauncher, VERSION};
 use crate::rootless;
 use crate::sys::mount::{MountAttr, attach, clone_mount, clone_tree, make_all_private, new_mount, restrict};
 use crate::sys::process::{SingleThreaded, inherited_fd, keep_capabilities_as_any_user};
+use crate::sys::text;
 use crate::uids::UidPool;
 use crate::usage::Namespaces;
 use crate::wire::Packets;
@@ -108,6 +109,8 @@ pub fn spawn(argv0: &str) -> io::Result<(Packets, Child)> {
 #[must_use]
 pub fn launcher_main(workload: &dyn Workload) -> i32 {
     let Ok(proof) = SingleThreaded::prove() else { return 71 };
+    // without them, everything takes a little longer
+    let _ = text::move_to_huge_pages(&proof);
     // what is made for a sandbox, and its job, has this one, whatever the server was started with
     umask(UMASK);
     let Ok(mut outbox) = take_socket() else { return 71 };

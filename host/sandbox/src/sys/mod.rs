@@ -9,6 +9,7 @@ pub(crate) mod file;
 pub(crate) mod mount;
 pub(crate) mod process;
 pub(crate) mod seccomp;
+pub(crate) mod text;
 
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
