@@ -15,6 +15,9 @@ use nix::unistd::{AccessFlags, Pid, Uid, UnlinkatFlags, faccessat, unlinkat};
 /// do not read it; 64 KiB hold the pids of some 8,000 processes.
 const MAX_CONTROL_FILE: u64 = 64 * 1024;
 
+/// Longer than most of them.
+const FIRST_READ: usize = 1024;
+
 const DIRECTORY: OFlag = OFlag::O_PATH.union(OFlag::O_DIRECTORY).union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
 
 /// An open cgroup directory.
@@ -99,10 +102,15 @@ impl Dir {
     }
 
     pub(crate) fn read(&self, file: &str) -> io::Result<String> {
-        let fd = self.open_file(file, OFlag::O_RDONLY)?;
-        let mut text = String::new();
-        File::from(fd).take(MAX_CONTROL_FILE).read_to_string(&mut text)?;
-        Ok(text)
+        let mut file = File::from(self.open_file(file, OFlag::O_RDONLY)?);
+        // the kernel gives as much at once as there is room for: a second read is for the few files that are longer
+        let mut first = [0; FIRST_READ];
+        let length = file.read(&mut first)?;
+        let mut text = first[..length].to_vec();
+        if length == FIRST_READ {
+            file.take(MAX_CONTROL_FILE).read_to_end(&mut text)?;
+        }
+        String::from_utf8(text).map_err(|_| io::ErrorKind::InvalidData.into())
     }
 
     pub(crate) fn open_file(&self, file: &str, flags: OFlag) -> nix::Result<OwnedFd> {

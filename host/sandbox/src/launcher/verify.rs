@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -18,6 +18,7 @@ use crate::error::{AtStep, LaunchError, Step};
 use crate::init::root;
 use crate::init::seccomp::FILTERS;
 use crate::spec::{IDS_PER_JOB, JOB_ID, Kind};
+use crate::sys::process::pidfd_info;
 use crate::uids::RunIds;
 use crate::usage::{Isolation, Namespaces};
 
@@ -109,6 +110,9 @@ pub(super) fn read_back_zygote(place: &Place, pid: Pid, run: RunIds, leaf: &Leaf
 /// process but those of its family, and all children of this process but what a zygote has just cloned are in the books.
 pub(super) fn own_child(pidfd: &OwnedFd) -> std::io::Result<Pid> {
     let unknown = || std::io::Error::from(Errno::EPROTO);
+    if let Ok((pid, parent)) = pidfd_info(pidfd.as_fd()) {
+        return if parent == Pid::this() { Ok(pid) } else { Err(unknown()) };
+    }
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
     // another kind of descriptor has no such line, and a dead process -1
     let pid = info.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse::<i32>().ok());
