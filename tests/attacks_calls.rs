@@ -107,9 +107,14 @@ fn s16_calls_by_other_entries_of_the_processor_are_deadly() {
     let server = Server::start().with_probe();
     const X32: u64 = 0x4000_0000;
     let (first, end) = (X32.to_string(), (X32 + 600).to_string());
-    let sweep = by_number(&inside(&server, &["sweep", &first, &end, "1"]));
+    let swept = |first: &str, end: &str| by_number(&inside(&server, &["sweep", first, end, "1"]));
+    let sweep = swept(&first, &end);
     assert_eq!(sweep.len(), 600);
-    for (number, answers) in sweep {
+    for (number, mut answers) in sweep {
+        if answers == [json!("blocked")] {
+            // or has not come to its end in time, on a machine that had other things to do
+            answers = swept(&number.to_string(), &(number + 1).to_string())[&number].clone();
+        }
         assert_eq!(answers, [json!("signal 31")], "{number:#x}");
     }
     let killed = json!({"kind": "signaled", "signal": 31});

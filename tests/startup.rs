@@ -46,7 +46,7 @@ fn a_configuration_that_cannot_be_is_refused_by_key_and_value() {
         ("jobs_running = 'many'", &["holm.toml", "jobs_running", "invalid type"]),
         ("jobs_running = 0", &["`jobs_running` is 0; it must be 1 or more"]),
         ("[job_maximums]\npids = 5\n[job_defaults]\npids = 6", &["`job_defaults`", "pids", "6", "5"]),
-        ("jobs_running", &["holm.toml", "line 1"]),
+        ("jobs_running", &["holm.toml", "line ", "| jobs_running"]),
         ("log = 'holm=loud'", &["loud"]),
         ("user = 'nobody-of-this-name'", &["there is no user `nobody-of-this-name`"]),
         ("listen = '0.0.0.0:1'", &["`0.0.0.0:1` is not a loopback address", "--plain-http", "proxy"]),
