@@ -109,11 +109,12 @@ fn h1_a_server_that_may_open_few_files_keeps_enough_of_them_for_clients_and_jobs
     let server = start_after("ulimit -n 256");
     assert!(server.log().contains("`connections` is 128 and not 4096"), "{}", server.log());
     let idle: Vec<Raw> = (0..200).map(|_| Raw::connect(&server)).collect();
-    let jobs: Vec<Raw> = (0..20)
+    let mut jobs: Vec<Raw> = (0..20)
         .map(|_| Raw::request(&server, &format!("POST {PROBE}"), &["content-length: 1", "holm-args: [\"count\"]"]))
         .collect();
+    // all of them, before any answer is waited for: they need not be served in the order in which they were sent
+    jobs.iter_mut().for_each(|job| job.send(b"x"));
     for mut job in jobs {
-        job.send(b"x");
         job.answered().expect(200);
     }
     drop(idle);
