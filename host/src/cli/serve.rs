@@ -384,7 +384,7 @@ impl Signals {
     async fn stop(&mut self) {
         if self.0.read_u8().await.is_err() {
             // its other end is open for as long as this process
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 }

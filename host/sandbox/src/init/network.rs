@@ -6,10 +6,9 @@
 //! zygote, and so its tenant.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 
+use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::stat::Mode;
@@ -36,8 +35,9 @@ const FILES: [&str; 7] = [
     "self/net/dev",
 ];
 
-/// Longer than any of them is in an empty namespace.
-const MAX_FILE: u64 = 16 * 1024;
+/// Longer than any of them is in an empty namespace; and what all of them have there, about.
+const MAX_FILE: usize = 16 * 1024;
+const USUAL_SIZE: usize = 8 * 1024;
 
 /// The namespaces of one zygote.
 #[derive(Debug)]
@@ -120,14 +120,23 @@ fn own(proc: &Proc) -> nix::Result<OwnedFd> {
 
 /// What [`FILES`] say of this process's network namespace.
 fn look(proc: &Proc) -> nix::Result<Vec<u8>> {
-    let mut seen = Vec::new();
+    let mut seen = Vec::with_capacity(USUAL_SIZE);
+    let mut piece = [0; 4096];
     for name in FILES {
         let Ok(file) = openat(proc.as_fd(), name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()) else {
             continue;
         };
         let start = seen.len();
-        let read = File::from(file).take(MAX_FILE).read_to_end(&mut seen);
-        read.map_err(|error| crate::sys::process::errno_of(&error))?;
+        // the kernel gives a page at a time, so that asking for less would only be asking more often
+        loop {
+            match nix::unistd::read(&file, &mut piece)? {
+                0 => break,
+                length => seen.extend(&piece[..length]),
+            }
+            if seen.len() - start > MAX_FILE {
+                return Err(Errno::EFBIG);
+            }
+        }
         if name.contains("sockstat") {
             let own = own_counts(&seen[start..]);
             seen.truncate(start);

@@ -114,13 +114,7 @@ pub(crate) fn cases() -> Vec<Case> {
             EACCES,
         ),
         case("asking_the_zygote_fails", WASM, launcher(libc::SYS_sendmsg).nth(1).fails(ENOBUFS), Spawn, ENOBUFS),
-        case(
-            "looking_at_what_was_spawned_fails",
-            WASM,
-            launcher(libc::SYS_ioctl).fails(EINVAL),
-            Spawn,
-            EINVAL,
-        ),
+        case("looking_at_what_was_spawned_fails", WASM, launcher(libc::SYS_ioctl).fails(EINVAL), Spawn, EINVAL),
         verify_spawned(
             "opening_the_spawned_one_s_status_fails",
             |call| call.text(1).ends_with("/status"),
