@@ -87,6 +87,11 @@ impl Task for Wasm {
         self.loaded.settle().map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(Errno::EIO as i32)))
     }
 
+    fn rehearse(&mut self) {
+        // should it fail, the run fails in the same way, and says so
+        let _ = self.loaded.rehearse();
+    }
+
     fn run(self: Box<Self>, job: Job) -> i32 {
         let Job { payload, channel, started } = job;
         // not taken apart in the end: that would touch what the zygote has made page by page, and the process ends

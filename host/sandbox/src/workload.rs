@@ -32,6 +32,10 @@ pub trait Task {
     /// Any errno: the launch is refused with [`crate::Step::Prepare`].
     fn settle(&mut self, spec: &SandboxSpec) -> nix::Result<()>;
 
+    /// Touches in advance what a run will touch, while there is no job yet. Nothing has to be done; nothing of the tenant's
+    /// may run.
+    fn rehearse(&mut self) {}
+
     /// Runs the job; gives the process's exit code. Must call [`Started::signal`] right before tenant code.
     fn run(self: Box<Self>, job: Job) -> i32;
 }

@@ -55,18 +55,12 @@ pub fn load(artifact: File, stack_bytes: usize, proc: &Path) -> Result<Loaded> {
             Guest::Component { command: CommandPre::new(linked).ok(), http }
         }
     };
-    rehearse(&engine)?;
     let mut loaded = Loaded { engine, guest, runtime: None };
+    loaded.rehearse()?;
     if !loaded.waits_for_descriptors() {
         loaded.runtime = Some(event_loop(false)?);
     }
     Ok(loaded)
-}
-
-/// Makes what each run makes anew, and throws it away. So what is found out once in a process has been found out: which
-/// instructions the CPU has, for one, which costs 30 µs under a hypervisor.
-fn rehearse(engine: &Engine) -> Result<()> {
-    store(engine, &Invocation::default(), 0).map(drop)
 }
 
 /// One thread: a job may have a pids limit of 1, and file calls block this thread because nothing else waits.
@@ -89,6 +83,16 @@ impl Loaded {
             self.runtime = Some(event_loop(true)?);
         }
         Ok(())
+    }
+
+    /// Makes what each run makes anew, and throws it away. So what is found out once in a process has been found out: which
+    /// instructions the CPU has, for one, which costs 30 µs under a hypervisor. And a clone has pages of its own where it
+    /// will write again.
+    ///
+    /// # Errors
+    /// As a run's beginning: `/tmp` cannot be opened, for one.
+    pub fn rehearse(&self) -> Result<()> {
+        store(&self.engine, &Invocation::default(), 0).map(drop)
     }
 
     fn waits_for_descriptors(&self) -> bool {

@@ -125,7 +125,7 @@ fn run(
     let Child { spec, filters, channel, null } = child;
     let gate = gate_slot.as_ref().ok_or(Errno::EBADF).at(Step::WaitGate)?;
     let mut keep = vec![gate.0.as_raw_fd(), channel.as_raw_fd(), null.as_raw_fd()];
-    let task = match parent {
+    let mut task = match parent {
         Parent::Launcher { workload, artifact, dev } => {
             let proc = Proc::open().at(Step::CloseFds)?;
             keep.push(artifact.as_raw_fd());
@@ -182,6 +182,10 @@ fn run(
     }
     gate.tell(FromSandbox::Ready).at(Step::ReportReady)?;
     gate.wait_for(ToSandbox::Admit).at(Step::WaitGate)?;
+    if !channel.has_more() {
+        // parked: nobody waits
+        task.rehearse();
+    }
 
     let job = receive_job(Confined { gate_slot, channel })?;
     let name = match spec.kind {
