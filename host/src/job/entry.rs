@@ -23,7 +23,7 @@ pub(super) struct Entry {
     pub(super) tenant: Name,
     pub(super) plugin: Name,
     record: Mutex<JobRecord>,
-    limits: Mutex<Limits>,
+
     /// The limits with which it was submitted, and those that it would have had if its request had given none.
     pub(super) first_limits: Limits,
     pub(super) defaults: Limits,
@@ -140,10 +140,10 @@ impl Entry {
     pub(super) fn new(
         (tenant, plugin): (Name, Name),
         record: JobRecord,
-        limits: &Limits,
         defaults: Limits,
         tenant_paused: Arc<AtomicBool>,
     ) -> Self {
+        let limits = record.limits.clone();
         let flow = |limit| Flow::new(limits.get(limit));
         let output = || Arc::new(flow(Limit::OutputBytes));
         Self {
@@ -151,10 +151,9 @@ impl Entry {
             tenant,
             plugin,
             record: Mutex::new(record),
-            limits: Mutex::new(limits.clone()),
-            first_limits: limits.clone(),
-            defaults,
             flows: Flows { input: flow(Limit::InputBytes), output: output(), errors: output() },
+            first_limits: limits,
+            defaults,
             cancel: CancellationToken::new(),
             stop: OnceLock::new(),
             phase: watch::Sender::new(Phase::Queued),
@@ -198,14 +197,13 @@ impl Entry {
 
     /// The limits that hold for it now.
     pub(super) fn limits(&self) -> Limits {
-        self.limits.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.locked().limits.clone()
     }
 
     /// Other limits hold for it from now on.
     pub(super) fn set_limits(&self, limits: Limits) {
         self.changes.fetch_add(1, Ordering::SeqCst);
-        self.update(|record| record.limits = limits.to_json());
-        *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
+        self.update(|record| record.limits = limits);
     }
 
     /// Another number whenever it has been changed while it runs, or its tenant paused or resumed.

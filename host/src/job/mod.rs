@@ -322,12 +322,12 @@ impl Jobs {
             start: None,
             started_at: None,
             finished_at: None,
-            limits: request.limits.to_json(),
+            limits: request.limits.clone(),
             usage: UsageRecord::default(),
             isolation: None,
         };
         let (names, paused) = ((tenant.clone(), plugin.name.clone()), self.0.registry.paused(tenant));
-        Entry::new(names, record, &request.limits, request.defaults.clone(), paused)
+        Entry::new(names, record, request.defaults.clone(), paused)
     }
 
     /// Ends every job because the server stops.

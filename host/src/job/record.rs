@@ -5,11 +5,12 @@ use std::collections::BTreeMap;
 use holm_sandbox::usage::{Isolation, Stall, StallTime, Stats, Usage};
 use jiff::Timestamp;
 use serde::Serialize;
-use serde_json::{Map, Value};
+
 use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::outcome::Outcome;
+use crate::limit::Limits;
 
 /// Where a job is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
@@ -72,7 +73,8 @@ pub struct JobRecord {
     #[schema(value_type = Option<String>, format = DateTime)]
     pub finished_at: Option<Timestamp>,
     /// The limits that hold for it.
-    pub limits: Map<String, Value>,
+    #[schema(value_type = Object)]
+    pub limits: Limits,
     /// What it used; complete once it is finished.
     pub usage: UsageRecord,
     /// The layers around it, read from the kernel.

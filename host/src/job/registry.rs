@@ -84,10 +84,10 @@ impl Registry {
             let oldest = if jobs.finished.len() > FINISHED_KEPT { jobs.finished.pop_front() } else { None };
             oldest.inspect(|id| drop(jobs.all.remove(id)))
         });
-        if let Some(oldest) = oldest {
-            books.by_id.remove(&oldest);
-        }
+        let forgotten = oldest.and_then(|oldest| books.by_id.remove(&oldest));
         drop(books);
+        // what it is made of has not been touched for long: nobody waits for that
+        drop(forgotten);
         entry.over();
     }
 
@@ -148,6 +148,7 @@ mod tests {
     use crate::limit::{Limits, Maximums, Runtime};
 
     fn entry(tenant: &str, plugin: &str) -> Arc<Entry> {
+        let limits = Limits::resolve(Runtime::Native, &[], &Maximums::default());
         let record = JobRecord {
             id: Uuid::now_v7(),
             tenant: tenant.into(),
@@ -160,13 +161,12 @@ mod tests {
             start: None,
             started_at: None,
             finished_at: None,
-            limits: Default::default(),
+            limits: limits.clone(),
             usage: UsageRecord::default(),
             isolation: None,
         };
         let names = (tenant.parse().unwrap(), plugin.parse().unwrap());
-        let limits = Limits::resolve(Runtime::Native, &[], &Maximums::default());
-        Arc::new(Entry::new(names, record, &limits, limits.clone(), Arc::default()))
+        Arc::new(Entry::new(names, record, limits, Arc::default()))
     }
 
     fn end(record: &mut JobRecord) {

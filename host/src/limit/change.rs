@@ -100,7 +100,7 @@ mod tests {
     #[test]
     fn what_is_fixed_at_the_start_may_be_said_again_and_not_changed() {
         let before = limits(Runtime::Wasm, &json!({}));
-        assert_eq!(change(&before, &Value::Object(before.to_json())), Ok(before.clone()));
+        assert_eq!(change(&before, &json!(before)), Ok(before.clone()));
         for limit in Limit::ALL.into_iter().filter(|limit| !limit.changes_while_running()) {
             let error = change(&before, &json!({ limit.key(): limit.minimum(None) })).unwrap_err();
             assert!(matches!(error, LimitError::Fixed { limit: found, .. } if found == limit), "{error:?}");

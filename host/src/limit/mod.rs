@@ -12,7 +12,7 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Number, Value};
 use utoipa::ToSchema;
 
@@ -352,6 +352,14 @@ pub struct Limits {
     runtime: Runtime,
 }
 
+/// As an object, without what does not apply.
+impl Serialize for Limits {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let applying = Limit::ALL.into_iter().filter(|limit| limit.applies_to(self.runtime));
+        serializer.collect_map(applying.map(|limit| (limit.key(), limit.to_json(self.get(limit)))))
+    }
+}
+
 impl Limits {
     /// Finds each value: the first that is given in `sources`, else the default; cut to the maximum. A stored value
     /// is never cut below the runtime's minimum: such a job is refused by [`Limits::check`].
@@ -390,13 +398,6 @@ impl Limits {
     #[must_use]
     pub fn runtime(&self) -> Runtime {
         self.runtime
-    }
-
-    /// As a JSON object, without what does not apply.
-    #[must_use]
-    pub fn to_json(&self) -> Map<String, Value> {
-        let applying = Limit::ALL.into_iter().filter(|limit| limit.applies_to(self.runtime));
-        applying.map(|limit| (limit.key().to_owned(), limit.to_json(self.get(limit)))).collect()
     }
 
     /// What of it the kernel enforces.
@@ -506,7 +507,7 @@ mod tests {
         let limits = Limits::resolve(Runtime::Wasm, &[&a, &b], &Maximums::default());
         assert_eq!((limits.get(Limit::Pids), limits.get(Limit::OpenFiles)), (3, 99));
         assert_eq!(limits.get(Limit::StackBytes), MIB, "WebAssembly's own default");
-        assert!(!Limits::resolve(Runtime::Native, &[], &Maximums::default()).to_json().contains_key("fuel"));
+        assert_eq!(json!(Limits::resolve(Runtime::Native, &[], &Maximums::default())).get("fuel"), None);
     }
 
     #[test]

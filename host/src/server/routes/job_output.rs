@@ -107,7 +107,7 @@ fn input_too_long(record: &JobRecord) -> Option<Problem> {
     let over = record.outcome.as_ref()?.limit() == Some(Limit::InputBytes.key());
     over.then(|| {
         Problem::new(Code::PayloadTooLarge, "the input is longer than `input_bytes`; the job was ended")
-            .with("maximum", record.limits.get(Limit::InputBytes.key()).cloned().unwrap_or_default())
+            .with("maximum", Limit::InputBytes.to_json(record.limits.get(Limit::InputBytes)))
             .with("job_id", record.id.to_string())
     })
 }

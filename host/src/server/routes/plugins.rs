@@ -44,7 +44,7 @@ struct PluginView {
     settings: PluginSettings,
     /// The limits of a job that gives none.
     #[schema(value_type = Object)]
-    effective_limits: Map<String, Value>,
+    effective_limits: Limits,
     /// When the name was first uploaded to.
     #[schema(value_type = String, format = DateTime)]
     created_at: Timestamp,
@@ -342,7 +342,7 @@ fn view(app: &App, tenant: &Tenant, plugin: &Plugin) -> PluginView {
         runtime: plugin.runtime,
         bytes: plugin.bytes,
         settings: plugin.settings.clone().called_by(plugin.interface),
-        effective_limits: limits.to_json(),
+        effective_limits: limits,
         created_at: plugin.created_at,
         updated_at: plugin.updated_at,
     }
