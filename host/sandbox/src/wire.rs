@@ -21,6 +21,9 @@ pub const MAX_PACKET: usize = 96 * 1024;
 /// The most descriptors in a packet: a job's stdin, stdout and stderr.
 pub const MAX_FDS: usize = 3;
 
+/// The most that the kernel lets anybody send in one (`unix(7)`).
+const SCM_MAX_FD: usize = 253;
+
 /// One end of a `SOCK_SEQPACKET` pair.
 #[derive(Debug)]
 pub struct Packets(OwnedFd);
@@ -163,7 +166,8 @@ pub fn recv<T: DeserializeOwned>(
     buffer: &mut [u8],
     expected: impl Fn(&T) -> usize,
 ) -> Result<Received<T>, RecvError> {
-    let mut control = nix::cmsg_space!([RawFd; MAX_FDS], UnixCredentials);
+    // room for all that can come: of what is cut off nobody would hear which descriptors are here already
+    let mut control = nix::cmsg_space!([RawFd; SCM_MAX_FD], UnixCredentials);
     let mut iov = [IoSliceMut::new(buffer)];
     let socket = socket.as_fd().as_raw_fd();
     let (len, truncated, fds, sender) = retried(|| {
@@ -259,6 +263,20 @@ mod tests {
         assert!(matches!(b.recv::<u8>(|_| 0), Err(RecvError::Malformed)));
         drop(file);
         assert_eq!(open_memfds("leaked"), 0);
+    }
+
+    #[test]
+    fn more_descriptors_than_anybody_has_use_for_are_closed() {
+        let (a, b) = Packets::pair().unwrap();
+        for count in [MAX_FDS + 1, 12, 13, 64, SCM_MAX_FD] {
+            let file = memfd(c"many");
+            let raw = vec![file.as_raw_fd(); count];
+            let (bytes, rights) = (postcard::to_stdvec(&1_u8).unwrap(), [ControlMessage::ScmRights(&raw)]);
+            sendmsg::<()>(a.as_raw_fd(), &[IoSlice::new(&bytes)], &rights, MsgFlags::empty(), None).unwrap();
+            assert!(matches!(b.recv::<u8>(|_| 0), Err(RecvError::Malformed)), "{count}");
+            drop(file);
+            assert_eq!(open_memfds("many"), 0, "{count}");
+        }
     }
 
     #[test]

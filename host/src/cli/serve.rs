@@ -382,8 +382,8 @@ impl Signals {
 
     /// Waits for the next order to stop.
     async fn stop(&mut self) {
-        if self.0.read_u8().await.is_err() {
-            // its other end is open for as long as this process
+        // those that have come together are one order; the other end is open for as long as this process
+        if self.0.read(&mut [0; 64]).await.is_err() {
             std::future::pending::<()>().await;
         }
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use super::dir::Dir;
-use super::{v1, v2};
+use super::{PAGE_BYTES, v1, v2};
 use crate::sys::alarm;
 
 /// The CFS period. The kernel's own default: shorter ones cost more timer work and bound bursts no better for jobs
@@ -16,6 +16,9 @@ const CPU_PERIOD_US: u32 = 100_000;
 /// How long the kernel may look for memory to reclaim when a limit is lowered below what is in use. Without an end, what
 /// touches pages as fast as they are reclaimed could keep the launcher here.
 const RECLAIM_WITHIN: Duration = Duration::from_millis(20);
+
+/// What a CPU charges to a cgroup at once, for the next pages to come cheaper (`MEMCG_CHARGE_BATCH` of the kernel).
+const CHARGED_AHEAD: u64 = 64 * PAGE_BYTES;
 
 /// The directory that serves a role, and the version whose files it has.
 pub(super) struct Control<'a> {
@@ -51,13 +54,16 @@ impl<'a> Control<'a> {
         if !self.v2 {
             return self.change_memory_limit(bytes);
         }
-        let above = || self.memory_used().and_then(|used| used.checked_sub(bytes)).filter(|excess| *excess > 0);
-        if let Some(excess) = above() {
-            // the next look says what could not be reclaimed, or not by this kernel
-            let _ = alarm::within(RECLAIM_WITHIN, || v2::reclaim(self.dir, excess));
-            if above().is_some() {
-                return Err(Errno::EBUSY);
-            }
+        // what the CPUs have charged ahead is used by nobody; the kernel takes it back as it lowers the limit
+        let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64);
+        let fits = bytes.saturating_add(cpus * CHARGED_AHEAD);
+        let excess = || self.memory_used().and_then(|used| used.checked_sub(fits)).filter(|excess| *excess > 0);
+        if let Some(excess) = excess() {
+            // the next look says what could not be reclaimed
+            let _ = alarm::within(RECLAIM_WITHIN, || v2::reclaim(self.dir, bytes, excess));
+        }
+        if excess().is_some() {
+            return Err(Errno::EBUSY);
         }
         alarm::within(RECLAIM_WITHIN, || v2::limit_memory(self.dir, bytes))?
     }

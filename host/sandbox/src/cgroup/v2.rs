@@ -35,9 +35,16 @@ pub(super) fn limit_memory(dir: &Dir, bytes: u64) -> nix::Result<()> {
     dir.write_if_present("memory.swap.max", "0")
 }
 
-/// Frees `bytes` of what is used here and below, without killing. `EAGAIN` if that much could not be found; since Linux 5.19.
-pub(super) fn reclaim(dir: &Dir, bytes: u64) -> nix::Result<()> {
-    dir.write("memory.reclaim", &bytes.to_string())
+/// Frees `excess` of what is used here and below, as far as it is found, so that `bytes` are left; without killing. Before
+/// Linux 5.19 by a threshold that is taken away again at once, as it makes all slow that use more.
+pub(super) fn reclaim(dir: &Dir, bytes: u64, excess: u64) -> nix::Result<()> {
+    match dir.write("memory.reclaim", &excess.to_string()) {
+        Err(Errno::ENOENT) => {
+            let lowered = dir.write("memory.high", &bytes.to_string());
+            dir.write("memory.high", "max").and(lowered)
+        }
+        other => other,
+    }
 }
 
 pub(super) fn kill_whole_group_on_oom(dir: &Dir) -> nix::Result<()> {

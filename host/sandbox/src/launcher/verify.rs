@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -18,7 +18,6 @@ use crate::error::{AtStep, LaunchError, Step};
 use crate::init::root;
 use crate::init::seccomp::FILTERS;
 use crate::spec::{IDS_PER_JOB, JOB_ID, Kind};
-use crate::sys::process::pidfd_info;
 use crate::uids::RunIds;
 use crate::usage::{Isolation, Namespaces};
 
@@ -110,25 +109,13 @@ pub(super) fn read_back_zygote(place: &Place, pid: Pid, run: RunIds, leaf: &Leaf
 /// process but those of its family, and all children of this process but what a zygote has just cloned are in the books.
 pub(super) fn own_child(pidfd: &OwnedFd) -> std::io::Result<Pid> {
     let unknown = || std::io::Error::from(Errno::EPROTO);
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
+    // another kind of descriptor has no such line, and a dead process -1
+    let pid = info.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse::<i32>().ok());
+    let pid = Pid::from_raw(pid.filter(|pid| *pid > 1).ok_or_else(unknown)?);
     // of one on its way out too; its last words wait at its gate
-    let (pid, parent) = match pidfd_info(pidfd.as_fd()) {
-        // an older kernel, or another kind of descriptor
-        Err(Errno::ENOTTY) => {
-            let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
-            // another kind has no such line, and a dead process -1
-            let pid = info.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse::<i32>().ok());
-            let pid = Pid::from_raw(pid.filter(|pid| *pid > 1).ok_or_else(unknown)?);
-            (pid, parent_in(&read(pid, "stat")?).ok_or_else(unknown)?)
-        }
-        Err(Errno::ESRCH) => return Err(unknown()),
-        other => other?,
-    };
-    if parent == Pid::this() { Ok(pid) } else { Err(unknown()) }
-}
-
-/// The parent in the text of `/proc/PID/stat`: `PID (name) state parent …`, where the name may hold anything.
-fn parent_in(stat: &str) -> Option<Pid> {
-    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok().map(Pid::from_raw)
+    let own = Status::of(pid)?.number("PPid", 10) == u64::from(std::process::id());
+    if own { Ok(pid) } else { Err(unknown()) }
 }
 
 /// Whether none of the seven namespaces is the same.
@@ -223,15 +210,7 @@ impl Status {
 
 #[cfg(test)]
 mod tests {
-    use nix::unistd::Pid;
-
-    use super::{Status, parent_in};
-
-    #[test]
-    fn a_name_is_no_way_to_another_parent() {
-        assert_eq!(parent_in("12 (a) S 1 (b)) R 7 12 12 0"), Some(Pid::from_raw(7)));
-        assert_eq!(parent_in("12 (a S 1"), None);
-    }
+    use super::Status;
 
     const CONFINED: &str = "\
 Name:\techo

@@ -103,17 +103,6 @@ pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: Signal) -> nix::R
     check(ret).map(drop)
 }
 
-/// The process that `pidfd` refers to, and its parent, as this one sees them. `ENOTTY` for another kind of descriptor, and
-/// before Linux 6.13; `ESRCH` for a process that is reaped, or is in no namespace that can be seen from here.
-pub(crate) fn pidfd_info(pidfd: BorrowedFd<'_>) -> nix::Result<(Pid, Pid)> {
-    // SAFETY: it is a C struct of integers; which of them are wanted is said by a mask, and zero is what always comes.
-    let mut info: libc::pidfd_info = unsafe { std::mem::zeroed() };
-    // SAFETY: `info` outlives the call, and its size is part of the request's number.
-    check(unsafe { libc::ioctl(pidfd.as_raw_fd(), libc::PIDFD_GET_INFO, &raw mut info) }.into())?;
-    let pid = |number: u32| i32::try_from(number).map(Pid::from_raw).map_err(|_| Errno::EOVERFLOW);
-    Ok((pid(info.pid)?, pid(info.ppid)?))
-}
-
 /// A descriptor that becomes readable when this process ends.
 pub(crate) fn own_pidfd() -> nix::Result<OwnedFd> {
     // SAFETY: `pidfd_open` takes two numbers.

@@ -12,7 +12,7 @@ use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 
 use super::check;
-use super::mount::{MountAttr, new_mount};
+use super::mount::{MountAttr, new_mount, restrict};
 use super::process::{SingleThreaded, errno_of};
 
 /// Of x86-64.
@@ -27,7 +27,7 @@ struct Part {
 }
 
 /// Puts copies in huge pages in the place of what the program's file is mapped to, as far as that is not written to and
-/// fills such pages. They are on a file system of their own, of which nobody has a descriptor afterwards.
+/// fills such pages. They are on a read-only file system of their own, of which nobody has a descriptor afterwards.
 ///
 /// # Errors
 /// Those of making it, for instance `EINVAL` where the kernel has no huge pages. Nothing is changed then.
@@ -36,12 +36,20 @@ pub(crate) fn move_to_huge_pages(_proof: &SingleThreaded) -> nix::Result<()> {
     let parts = parts_around(&maps, move_to_huge_pages as *const () as usize);
     let attr = MountAttr::NOSUID | MountAttr::NODEV;
     let pages = new_mount(c"tmpfs", &[(c"huge", c"always"), (c"nr_inodes", c"16"), (c"mode", c"0700")], attr)?;
-    for part in parts {
-        let copy = openat(&pages, ".", OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::S_IRUSR)?;
-        write(copy.as_fd(), part)?;
-        replace(copy.as_fd(), part)?;
+    let open =
+        |number: usize, flags| openat(&pages, number.to_string().as_str(), flags | OFlag::O_CLOEXEC, Mode::S_IRUSR);
+    for (number, part) in parts.iter().enumerate() {
+        write(open(number, OFlag::O_CREAT | OFlag::O_WRONLY)?.as_fd(), *part)?;
     }
-    Ok(())
+    restrict(pages.as_fd(), MountAttr::RDONLY)?;
+    let copies = (0..parts.len()).map(|number| open(number, OFlag::O_RDONLY)).collect::<nix::Result<Vec<_>>>()?;
+    for (copy, part) in copies.iter().zip(&parts) {
+        // were it refused in its place, nothing would be left there
+        let trial = map(copy.as_fd(), *part, None)?;
+        // SAFETY: it has just been mapped, and nobody knows of it.
+        check(unsafe { libc::munmap(trial, part.bytes) }.into())?;
+    }
+    copies.iter().zip(&parts).try_for_each(|(copy, part)| map(copy.as_fd(), *part, Some(part.start)).map(drop))
 }
 
 /// What of the mappings in `maps` (`proc_pid_maps(5)`) is of the same file as the one at `address`, cannot be written to and
@@ -80,21 +88,16 @@ fn write(file: BorrowedFd<'_>, part: Part) -> nix::Result<()> {
     Ok(())
 }
 
-/// Maps the file in the place of `part`, of which it is a copy.
-fn replace(file: BorrowedFd<'_>, part: Part) -> nix::Result<()> {
+/// Maps the file, which is a copy of `part`, in the place of it or anywhere.
+fn map(file: BorrowedFd<'_>, part: Part, place: Option<usize>) -> nix::Result<*mut libc::c_void> {
     let prot = libc::PROT_READ | if part.executable { libc::PROT_EXEC } else { 0 };
-    let map = |at: usize, flags| {
-        // SAFETY: at a place of the kernel's choice nothing else is. At the place of `part` there are the same bytes before
-        // and after, which nobody writes to; the kernel changes one for the other within the call, and there is no other
-        // thread to run meanwhile.
-        let mapped = unsafe { libc::mmap(at as *mut libc::c_void, part.bytes, prot, flags, file.as_raw_fd(), 0) };
-        if mapped == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(mapped) }
-    };
-    // were it refused in its place, nothing would be left there
-    let trial = map(0, libc::MAP_PRIVATE)?;
-    // SAFETY: it has just been mapped, and nobody knows of it.
-    check(unsafe { libc::munmap(trial, part.bytes) }.into())?;
-    map(part.start, libc::MAP_PRIVATE | libc::MAP_FIXED).map(drop)
+    let flags = libc::MAP_PRIVATE | if place.is_some() { libc::MAP_FIXED } else { 0 };
+    let place = place.unwrap_or_default() as *mut libc::c_void;
+    // SAFETY: where the kernel chooses there is nothing else. In the place of `part` there are the same bytes before and
+    // after, which nobody writes to; the kernel changes one for the other within the call, and there is no other thread to
+    // run meanwhile.
+    let mapped = unsafe { libc::mmap(place, part.bytes, prot, flags, file.as_raw_fd(), 0) };
+    if mapped == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(mapped) }
 }
 
 #[cfg(test)]

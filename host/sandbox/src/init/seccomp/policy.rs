@@ -335,7 +335,6 @@ static WASM: &[Line] = lines! {
     Allow, Setup, REFUSED, "its Landlock domain":
         landlock_create_ruleset = libc::SYS_landlock_create_ruleset, landlock_add_rule = libc::SYS_landlock_add_rule,
         landlock_restrict_self = libc::SYS_landlock_restrict_self;
-    If(&UNIX_SOCKET, EAFNOSUPPORT), Setup, REFUSED, "the wake-up pair of the event loop": socketpair = libc::SYS_socketpair;
     Allow, Setup, If(&NAME_ONLY, EPERM), "die with the launcher; then its own name alone": prctl = libc::SYS_prctl;
     Allow, Setup, REFUSED, "install the last filter": seccomp = libc::SYS_seccomp;
 };
