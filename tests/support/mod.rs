@@ -360,11 +360,12 @@ impl Drop for Server {
 /// of a name that none with a job has.
 fn collect_pids(dir: &Path, pids: &mut Vec<u32>) {
     let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-    let own: Vec<u32> = procs.lines().filter_map(|line| line.parse().ok()).collect();
-    let name = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    // one that has gone since has no name any more
+    let named = |pid: u32| Some((pid, fs::read_to_string(format!("/proc/{pid}/comm")).ok()?));
+    let own: Vec<(u32, String)> = procs.lines().filter_map(|line| named(line.parse().ok()?)).collect();
     const NO_JOB: [&str; 4] = ["holm-launcher", "holm-parked", "holm-zygote", "holm-family"];
-    if !own.iter().any(|pid| NO_JOB.contains(&name(pid).trim_end())) {
-        pids.extend(own);
+    if !own.iter().any(|(_, name)| NO_JOB.contains(&name.trim_end())) {
+        pids.extend(own.iter().map(|(pid, _)| pid));
     }
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
