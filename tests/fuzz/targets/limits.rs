@@ -57,7 +57,7 @@ fuzz_target!(|text: &str| {
     if limits.check(&maximums).is_ok() {
         let applying = Limit::ALL.into_iter().filter(|limit| limit.applies_to(runtime));
         assert!(applying.clone().all(|limit| in_range(limit, limits.get(limit))), "{limits:?}");
-        assert_eq!(limits.to_json().len(), applying.count());
+        assert_eq!(serde_json::json!(limits).as_object().map(serde_json::Map::len), Some(applying.count()));
         assert_eq!(limits.for_sandbox().check(), Ok(()), "the launcher takes what the server has checked: {limits:?}");
     }
 });
