@@ -95,10 +95,9 @@ impl Task for Wasm {
     fn run(self: Box<Self>, job: Job) -> i32 {
         let Job { payload, channel, started } = job;
         // not taken apart in the end: that would touch what the zygote has made page by page, and the process ends
-        let mut this = ManuallyDrop::new(self);
-        let memory_bytes = this.memory_bytes;
+        let this = ManuallyDrop::new(self);
         let report = match invocation(&payload) {
-            Ok(invocation) => this.loaded.run(&invocation, memory_bytes, || started.signal()),
+            Ok(invocation) => this.loaded.run(&invocation, this.memory_bytes, || started.signal()),
             Err(report) => report,
         };
         tell(&channel, &report)

@@ -23,7 +23,6 @@ pub(super) struct Entry {
     pub(super) tenant: Name,
     pub(super) plugin: Name,
     record: Mutex<JobRecord>,
-
     /// The limits with which it was submitted, and those that it would have had if its request had given none.
     pub(super) first_limits: Limits,
     pub(super) defaults: Limits,

@@ -101,9 +101,9 @@ impl Loaded {
     }
 
     /// Runs the guest to its end with at most `memory_bytes` of linear memory. `started` is called right before the
-    /// first instruction of the guest, be it of a start function. Can be called once.
+    /// first instruction of the guest, be it of a start function. The process's standard streams serve one run.
     #[must_use]
-    pub fn run(&mut self, invocation: &Invocation, memory_bytes: usize, started: impl FnOnce()) -> Report {
+    pub fn run(&self, invocation: &Invocation, memory_bytes: usize, started: impl FnOnce()) -> Report {
         let Self { engine, guest, runtime } = self;
         let Some(runtime) = runtime else { return Report::NotRunnable("it has not been settled".into()) };
         let store = match store(engine, invocation, memory_bytes) {
