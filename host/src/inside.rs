@@ -90,14 +90,18 @@ impl Task for Wasm {
     fn rehearse(&mut self) {
         // should it fail, the run fails in the same way, and says so
         let _ = self.loaded.rehearse();
+        self.loaded.instantiate_ahead(self.memory_bytes);
     }
 
     fn run(self: Box<Self>, job: Job) -> i32 {
         let Job { payload, channel, started } = job;
         // not taken apart in the end: that would touch what the zygote has made page by page, and the process ends
-        let this = ManuallyDrop::new(self);
+        let mut this = ManuallyDrop::new(self);
         let report = match invocation(&payload) {
-            Ok(invocation) => this.loaded.run(&invocation, this.memory_bytes, || started.signal()),
+            Ok(invocation) => {
+                let memory_bytes = this.memory_bytes;
+                this.loaded.run(&invocation, memory_bytes, || started.signal())
+            }
             Err(report) => report,
         };
         tell(&channel, &report)

@@ -32,8 +32,8 @@ pub trait Task {
     /// Any errno: the launch is refused with [`crate::Step::Prepare`].
     fn settle(&mut self, spec: &SandboxSpec) -> nix::Result<()>;
 
-    /// Touches in advance what a run will touch, while there is no job yet. Nothing has to be done; nothing of the tenant's
-    /// may run.
+    /// Does in advance what a run will do, while there is no job yet, in a sandbox that has been read back and admitted.
+    /// Nothing has to be done. No clock runs: of the tenant's, only what is sure to end in a moment may run.
     fn rehearse(&mut self) {}
 
     /// Runs the job; gives the process's exit code. Must call [`Started::signal`] right before tenant code.

@@ -40,6 +40,10 @@ const YIELD_AFTER_FUEL: u64 = 1_000_000;
 /// Fuel that a guest is given and may not use: the engine stops a guest when all is used up, not when it wants more.
 const SPARE_FUEL: u64 = 1;
 
+/// Fuel that a guest's start functions may use before there is a job: what toolchains generate uses some ten. With as much as
+/// this a guest can touch some 3 MiB, which is about what a parked sandbox is reckoned at.
+const FUEL_AHEAD: u64 = 1000;
+
 /// The only directory that the guest has.
 const SCRATCH: &str = "/tmp";
 
@@ -49,6 +53,8 @@ pub(super) struct State {
     http: WasiHttpCtx,
     no_network: NoNetwork,
     limiter: Limiter,
+    /// There is no job yet, so that whatever the guest asks of the host ends it.
+    ahead: bool,
 }
 
 impl State {
@@ -59,18 +65,34 @@ impl State {
 
     fn around(wasi: WasiP1Ctx, memory_bytes: usize) -> Self {
         let limiter = Limiter { memory_bytes, in_memory: 0, in_tables: 0 };
-        Self { wasi, http: WasiHttpCtx::new(), no_network: NoNetwork, limiter }
+        Self { wasi, http: WasiHttpCtx::new(), no_network: NoNetwork, limiter, ahead: false }
+    }
+
+    /// What the host's functions for core modules work on.
+    fn preview1(&mut self) -> &mut WasiP1Ctx {
+        self.leave_if_ahead();
+        &mut self.wasi
+    }
+
+    /// All that the host has for a guest is reached through this state. The engine hands a panic on to whoever called the
+    /// guest.
+    fn leave_if_ahead(&self) {
+        if self.ahead {
+            std::panic::resume_unwind(Box::new("a guest without a job has called the host"));
+        }
     }
 }
 
 impl WasiView for State {
     fn ctx(&mut self) -> WasiCtxView<'_> {
+        self.leave_if_ahead();
         self.wasi.ctx()
     }
 }
 
 impl WasiHttpView for State {
     fn http(&mut self) -> WasiHttpCtxView<'_> {
+        self.leave_if_ahead();
         WasiHttpCtxView { hooks: &mut self.no_network, table: self.wasi.ctx().table, ctx: &mut self.http }
     }
 }
@@ -85,6 +107,37 @@ fn seed(wasi: &mut WasiCtxBuilder) -> Result<()> {
 
 /// A store for one run of `invocation`, connected to this process's standard streams.
 pub(super) fn store(engine: &Engine, invocation: &Invocation, memory_bytes: usize) -> Result<Store<State>> {
+    let mut store = blank_store(engine, memory_bytes);
+    begin(&mut store, invocation, 0)?;
+    Ok(store)
+}
+
+/// A store that has not begun its run: it has nothing that is a job's, and no fuel, so that no instruction runs.
+pub(super) fn blank_store(engine: &Engine, memory_bytes: usize) -> Store<State> {
+    let mut store = Store::new(engine, State::around(WasiCtxBuilder::new().build_p1(), memory_bytes));
+    store.limiter(|state| &mut state.limiter);
+    store.set_hostcall_fuel(MAX_HOSTCALL_BYTES);
+    store
+}
+
+/// Instantiates a guest in a blank store by `instantiate`. Gives the fuel that start functions of the guest have used. They may
+/// use a little. What they ask of the host they are to have of a job's: a first call ends in a panic, for the caller to catch.
+pub(super) async fn ahead<T>(
+    store: &mut Store<State>,
+    instantiate: impl AsyncFnOnce(&mut Store<State>) -> Result<T>,
+) -> Result<(T, u64)> {
+    store.set_fuel(FUEL_AHEAD)?;
+    store.data_mut().ahead = true;
+    let instance = instantiate(store).await?;
+    store.data_mut().ahead = false;
+    match store.get_fuel()? {
+        0 => bail!("it uses much fuel"),
+        left => Ok((instance, FUEL_AHEAD - left)),
+    }
+}
+
+/// Gives a blank store, in which `used` of the fuel has been used already, its run.
+pub(super) fn begin(store: &mut Store<State>, invocation: &Invocation, used: u64) -> Result<()> {
     let mut wasi = WasiCtxBuilder::new();
     seed(&mut wasi)?;
     stdio::connect(&mut wasi, invocation.interface).context("connect the standard streams")?;
@@ -98,16 +151,15 @@ pub(super) fn store(engine: &Engine, invocation: &Invocation, memory_bytes: usiz
         .allow_udp(false)
         .preopened_dir(SCRATCH, SCRATCH, FsPerms::ReadWrite)
         .context("open `/tmp`")?;
-    let mut state = State::around(wasi.build_p1(), memory_bytes);
+    let state = store.data_mut();
+    // the blank one has nothing to give back
+    std::mem::forget(std::mem::replace(&mut state.wasi, wasi.build_p1()));
     state.ctx().table.set_max_capacity(MAX_HANDLES);
-    let mut store = Store::new(engine, state);
-    store.limiter(|state| &mut state.limiter);
-    store.set_hostcall_fuel(MAX_HOSTCALL_BYTES);
-    store.set_fuel(invocation.fuel.saturating_add(SPARE_FUEL))?;
+    store.set_fuel(invocation.fuel.saturating_sub(used).saturating_add(SPARE_FUEL))?;
     if invocation.interface == Interface::Http {
         store.fuel_async_yield_interval(Some(YIELD_AFTER_FUEL))?;
     }
-    Ok(store)
+    Ok(())
 }
 
 /// What a guest has left of its fuel; `None` if it has used more than it was given. The engine looks at loops and calls
@@ -119,7 +171,7 @@ pub(super) fn fuel_left(store: &Store<State>) -> Option<u64> {
 /// Links a core module.
 pub(super) fn link_module(module: &Module) -> Result<InstancePre<State>> {
     let mut linker: Linker<State> = Linker::new(module.engine());
-    p1::add_to_linker_async(&mut linker, |state: &mut State| &mut state.wasi)?;
+    p1::add_to_linker_async(&mut linker, State::preview1)?;
     name_unknown_imports(module, &linker)?;
     // wasmtime's own turns codes of 126 and more into an error; a native program may end with any
     linker.allow_shadowing(true);

@@ -18,13 +18,12 @@ use wasmtime::component::ResourceTable;
 use wasmtime::{Result, Store, format_err};
 use wasmtime_wasi_http::WasiHttpView;
 use wasmtime_wasi_http::io::TokioIo;
-use wasmtime_wasi_http::p2::bindings::ProxyPre;
+use wasmtime_wasi_http::p2::bindings::Proxy;
 use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
 
 use super::answer::{AnswerBody, Settle};
 use super::guest::State;
-use super::run::instantiated;
 
 /// Header fields of a request. The server in front has counted them already; this is more than it lets through, as
 /// hyper's own default is not.
@@ -49,7 +48,7 @@ pub(super) enum NoResponse {
 
 /// Serves the one request of this process, and waits until both the guest and the transmission of its response are
 /// over. Gives the guest's end.
-pub(super) async fn serve(guest: &ProxyPre<State>, store: &mut Store<State>) -> Result<()> {
+pub(super) async fn serve(guest: &Proxy, store: &mut Store<State>) -> Result<()> {
     let (give_request, request) = oneshot::channel();
     let (give_answer, answer) = oneshot::channel();
     let exchange = Mutex::new(Some((give_request, answer)));
@@ -82,7 +81,7 @@ struct Closed;
 
 /// Calls the guest. Nothing that it had open is left when this returns, of the response's body for instance.
 async fn handle(
-    guest: &ProxyPre<State>,
+    guest: &Proxy,
     store: &mut Store<State>,
     request: oneshot::Receiver<Request<Incoming>>,
     give_answer: oneshot::Sender<Response<AnswerBody>>,
@@ -97,18 +96,17 @@ async fn handle(
 }
 
 async fn call(
-    guest: &ProxyPre<State>,
+    guest: &Proxy,
     store: &mut Store<State>,
     request: oneshot::Receiver<Request<Incoming>>,
     give_answer: oneshot::Sender<Response<AnswerBody>>,
     body: &mut Option<Settle>,
 ) -> Result<()> {
-    let instance = instantiated(guest.instantiate_async(&mut *store).await)?;
     let request = request.await.map_err(|_| format_err!("no request has come"))?;
     let request = store.data_mut().http().new_incoming_request(Scheme::Http, request)?;
     let (set, mut outcome) = oneshot::channel::<Answer>();
     let response = store.data_mut().http().new_response_outparam(set)?;
-    let handler = instance.wasi_http_incoming_handler();
+    let handler = guest.wasi_http_incoming_handler();
     let mut handled = std::pin::pin!(handler.call_handle(store, request, response));
     let mut give_answer = Some(give_answer);
     let mut forward = |answer: Answer| match (answer, give_answer.take()) {
