@@ -28,6 +28,8 @@ fn main() {
         // what the outer build is wrapped in (clippy, a compiler cache of another sysroot) is not for the inner one
         .env_remove("RUSTC_WORKSPACE_WRAPPER")
         .env_remove("RUSTC_WRAPPER");
+    // each part of the program in huge pages of its own: see `sys::text` of `holm-sandbox`
+    println!("cargo::rustc-link-arg-bins=-Wl,-z,max-page-size=0x200000");
     let status = cargo.status().expect("start cargo for the plugins");
     assert!(status.success(), "the plugins could not be built; is a C library for static linking there (libc6-dev)?");
     println!("cargo::rustc-env=BUNDLED_PLUGINS={}", out.join(TARGET).join("plugin").display());

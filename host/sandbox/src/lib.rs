@@ -19,6 +19,7 @@ mod init;
 pub mod launcher;
 pub mod limits;
 pub mod name;
+pub mod paths;
 pub mod policy;
 pub mod probe;
 pub mod protocol;
@@ -33,3 +34,4 @@ pub mod wire;
 pub mod workload;
 
 pub use crate::error::{LaunchError, Step};
+pub use crate::sys::arena::Allocator;

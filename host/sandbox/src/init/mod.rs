@@ -2,7 +2,8 @@
 //!
 //! The child starts as a copy of the launcher or of a [`zygote`], single-threaded, with no privilege outside of its new
 //! user namespace. It reports the first step that fails as `(Step, errno)` and ends; only if every step succeeded does it become
-//! [`Confined`], and only from there does tenant code run.
+//! [`Confined`], and only from there is a job taken. While there is none, start functions of a guest may have run
+//! ([`Task::rehearse`]), behind the same layers.
 
 pub(crate) mod identity;
 pub(crate) mod landlock;
@@ -31,6 +32,7 @@ use self::seccomp::Filters;
 use crate::error::{AtStep, LaunchError, Step};
 use crate::gate::{FromSandbox, SandboxGate, ToSandbox};
 use crate::spec::{Kind, SandboxSpec};
+use crate::sys::arena;
 use crate::sys::process::{SingleThreaded, close_all_except, exit_now, fork, reset_signals};
 use crate::wire::Packets;
 use crate::workload::{Job, JobMessage, Started, Task, Workload};
@@ -161,6 +163,8 @@ fn run(
             task
         }
         Parent::Zygote(Inheritance { mut task, of_task, proc }) => {
+            // without one, memory comes from where the zygote has its own
+            let _ = arena::open(proof);
             keep.extend(of_task);
             stand_alone(proof, &proc, &keep, &null)?;
             drop(null);
@@ -170,6 +174,7 @@ fn run(
             root::complete_copy(&spec)?;
             gate.wait_for(ToSandbox::Open).at(Step::WaitGate)?;
 
+            let _ = arena::populate();
             enter_own_cgroup()?;
             give_up_privilege(&spec)?;
             bind_to_launcher()?;

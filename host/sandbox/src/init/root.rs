@@ -42,6 +42,9 @@ const DEV_INODES: u64 = 16;
 const DEV_NODE_BYTES: u64 = 4096;
 const DEV_NODE_INODES: u64 = 3;
 
+/// Of a program.
+const COPIED_AT_ONCE: usize = 128 * 1024;
+
 /// Symbolic links of `/dev`, by convention; `shm` makes POSIX shared memory part of the sized `/tmp`.
 const DEV_LINKS: [(&str, &str); 5] = [
     ("fd", "/proc/self/fd"),
@@ -367,7 +370,7 @@ fn program_size(program: BorrowedFd<'_>) -> nix::Result<u64> {
 /// of its own: an inode shared between jobs could be locked, and a page-cache bug would reach all of them.
 fn copy_program(program: BorrowedFd<'_>, copy: &OwnedFd, bytes: u64) -> nix::Result<()> {
     let source = File::from(program.try_clone_to_owned().map_err(|e| crate::sys::process::errno_of(&e))?);
-    let mut buffer = vec![0; 128 * 1024];
+    let mut buffer = vec![0; usize::try_from(bytes).unwrap_or(usize::MAX).min(COPIED_AT_ONCE)];
     let mut at = 0;
     while at < bytes {
         let n = source.read_at(&mut buffer, at).map_err(|e| crate::sys::process::errno_of(&e))?;

@@ -4,6 +4,7 @@
 //! nothing here knows what a sandbox is.
 
 pub(crate) mod alarm;
+pub(crate) mod arena;
 pub(crate) mod bpf;
 pub(crate) mod file;
 pub(crate) mod mount;

@@ -1,11 +1,10 @@
 //! Processes: `clone3` from a single-threaded process, pidfd signals, and closing what must not be inherited.
 
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
+use nix::fcntl::{OFlag, openat};
 use nix::sched::CloneFlags;
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
@@ -135,15 +134,33 @@ pub(crate) fn close_all_except(_proof: &SingleThreaded, proc: BorrowedFd<'_>, ke
 /// The descriptors that this process has open. `proc` is a `/proc`.
 pub(crate) fn open_descriptors(proc: BorrowedFd<'_>) -> nix::Result<Vec<RawFd>> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let mut dir = Dir::openat(proc, "self/fd", flags, Mode::empty())?;
-    let own = dir.as_fd().as_raw_fd();
+    let dir = openat(proc, "self/fd", flags, Mode::empty())?;
     let mut open = Vec::new();
-    for entry in dir.iter() {
-        // `.` and `..` are no numbers
-        open.extend(entry?.file_name().to_str().ok().and_then(|name| name.parse::<RawFd>().ok()));
+    // the library's own buffer of 32 KiB would be most of what a sandbox allocates
+    let mut buffer = [0_u8; 2048];
+    loop {
+        // SAFETY: the kernel writes no more than the buffer has room for.
+        let ret = unsafe { libc::syscall(libc::SYS_getdents64, dir.as_raw_fd(), buffer.as_mut_ptr(), buffer.len()) };
+        let length = usize::try_from(check(ret)?).map_err(|_| Errno::EOVERFLOW)?;
+        if length == 0 {
+            open.retain(|fd| *fd != dir.as_raw_fd());
+            return Ok(open);
+        }
+        let mut rest = &buffer[..length];
+        while let Some((name, size)) = entry(rest) {
+            // `.` and `..` are no numbers
+            open.extend(name.parse::<RawFd>().ok());
+            rest = rest.get(size..).unwrap_or_default();
+        }
     }
-    open.retain(|fd| *fd != own);
-    Ok(open)
+}
+
+/// The name of the first of the entries that `getdents64(2)` has given, and how long that entry is.
+fn entry(entries: &[u8]) -> Option<(&str, usize)> {
+    // two numbers of 8 bytes, the length of the entry, a byte for the type, the name and a zero
+    let size = usize::from(u16::from_ne_bytes(entries.get(16..18)?.try_into().ok()?));
+    let name = std::ffi::CStr::from_bytes_until_nul(entries.get(19..size)?).ok()?;
+    Some((name.to_str().unwrap_or_default(), size))
 }
 
 fn close_range(first: libc::c_uint, last: libc::c_uint) -> nix::Result<()> {
@@ -266,4 +283,20 @@ pub(crate) fn landlock_abi() -> nix::Result<i64> {
         libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0_usize, CREATE_RULESET_VERSION)
     };
     check(ret)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn every_open_descriptor_is_listed_however_many_there_are() {
+        let proc = File::open("/proc").unwrap();
+        let files: Vec<File> = (0..300).map(|_| File::open("/dev/null").unwrap()).collect();
+        let open = open_descriptors(proc.as_fd()).unwrap();
+        assert!(files.iter().all(|file| open.contains(&file.as_raw_fd())), "{open:?}");
+    }
 }
