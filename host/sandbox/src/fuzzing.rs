@@ -1,9 +1,8 @@
 //! Doors for the fuzz targets to parsers that are nobody else's business. Only with the feature `fuzzing`.
 
-use std::collections::BTreeMap;
-
 use crate::gate::{LauncherGate, MAX_MESSAGE, SandboxGate, ToSandbox};
 use crate::launcher::verify::Status;
+use crate::paths::CgroupPaths;
 use crate::spawn::{FromZygote, MAX_LAUNCHER_MESSAGE, MAX_ZYGOTE_MESSAGE, ToZygote};
 use crate::wire::{Packets, RecvError};
 
@@ -42,8 +41,8 @@ pub fn read_spawn(from_launcher: &Packets) -> Result<(), RecvError> {
 
 /// The cgroups in the text of `/proc/PID/cgroup`.
 #[must_use]
-pub fn membership(cgroup: &str) -> BTreeMap<String, String> {
-    crate::cgroup::membership(cgroup)
+pub fn membership(cgroup: &str) -> CgroupPaths {
+    crate::cgroup::membership(cgroup, |_| true)
 }
 
 /// Whether the text of `/proc/PID/status` is that of a confined process of this uid.

@@ -1,8 +1,8 @@
 //! What a sandbox used and how it ended, as the kernel tells it.
 
-use std::collections::BTreeMap;
-
 use serde::{Deserialize, Serialize};
+
+use crate::paths::CgroupPaths;
 
 /// Measured usage of one sandbox, read from its cgroup after its last process died. A figure that the kernel does
 /// not offer is `None`, never 0.
@@ -186,6 +186,6 @@ pub struct Isolation {
     pub landlock: bool,
     /// `/proc/PID/uid_map`, one space between the numbers.
     pub uid_map: String,
-    /// The cgroup of each controller, as a path below the hierarchy's root; `unified` is the v2 hierarchy.
-    pub cgroups: BTreeMap<String, String>,
+    /// Its cgroups.
+    pub cgroups: CgroupPaths,
 }

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use holm_sandbox::paths::CgroupPaths;
 use holm_sandbox::usage::{Isolation, Stall, StallTime, Stats, Usage};
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use utoipa::ToSchema;
 use uuid::Uuid;
@@ -250,8 +251,14 @@ pub struct IsolationRecord {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub uid_map: Option<String>,
     /// The cgroup of each controller. For the operator only.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub cgroups: Option<BTreeMap<String, String>>,
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "as_map")]
+    #[schema(value_type = Option<BTreeMap<String, String>>)]
+    pub cgroups: Option<CgroupPaths>,
+}
+
+/// Of one text, as a record is kept, a map, as it is shown.
+fn as_map<S: Serializer>(paths: &Option<CgroupPaths>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(paths.iter().flat_map(CgroupPaths::iter))
 }
 
 impl From<Isolation> for IsolationRecord {

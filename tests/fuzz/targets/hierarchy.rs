@@ -18,8 +18,8 @@ fuzz_target!(|texts: &str| {
         assert!(v1.iter().all(|hierarchy| !hierarchy.controllers.is_empty()));
         assert!(v2.is_none_or(|hierarchy| hierarchy.controllers.is_empty()));
     }
-    for (controller, path) in membership(cgroup) {
-        assert!(cgroup.contains(&path), "{controller} is in a cgroup that the text does not have");
+    for (controller, path) in membership(cgroup).iter() {
+        assert!(cgroup.contains(path), "{controller} is in a cgroup that the text does not have");
     }
     if confined(status, 7) {
         let zeros = |set: &str| status.lines().any(|line| line.starts_with(set) && line.contains('0'));

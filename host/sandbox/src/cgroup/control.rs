@@ -1,11 +1,15 @@
 //! One controller in one cgroup, whichever version of the interface it has.
 
 use std::os::fd::OwnedFd;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::unistd::Pid;
 
 use super::dir::Dir;
+use super::gauge::CpuCounts;
 use super::{PAGE_BYTES, v1, v2};
 use crate::sys::alarm;
 
@@ -19,6 +23,12 @@ const RECLAIM_WITHIN: Duration = Duration::from_millis(20);
 
 /// What a CPU charges to a cgroup at once, for the next pages to come cheaper (`MEMCG_CHARGE_BATCH` of the kernel).
 const CHARGED_AHEAD: u64 = 64 * PAGE_BYTES;
+
+/// As much of that as is let pass in a cgroup that is used again, on machines of many CPUs.
+const MOST_CHARGED_AHEAD: u64 = 4 * CHARGED_AHEAD;
+
+/// What the kernel frees a moment after the death of the process that it was for: 60 KiB at most were seen.
+const FREED_LATE: u64 = 64 << 10;
 
 /// The directory that serves a role, and the version whose files it has.
 pub(super) struct Control<'a> {
@@ -54,9 +64,8 @@ impl<'a> Control<'a> {
         if !self.v2 {
             return self.change_memory_limit(bytes);
         }
-        // what the CPUs have charged ahead is used by nobody; the kernel takes it back as it lowers the limit
-        let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64);
-        let fits = bytes.saturating_add(cpus * CHARGED_AHEAD);
+        // the kernel takes that back as it lowers the limit
+        let fits = bytes.saturating_add(charged_ahead());
         let excess = || self.memory_used().and_then(|used| used.checked_sub(fits)).filter(|excess| *excess > 0);
         if let Some(excess) = excess() {
             // the next look says what could not be reclaimed
@@ -95,6 +104,11 @@ impl<'a> Control<'a> {
         limit(self.dir, quota_us, CPU_PERIOD_US.into())
     }
 
+    /// Gives all of a period's CPU time anew, by a limit that holds already.
+    pub(super) fn refill_cpu(&self, millicores: u32) -> nix::Result<()> {
+        if self.v2 { self.limit_cpu(millicores) } else { v1::refill_cpu(self.dir, quota_us_of(millicores)) }
+    }
+
     pub(super) fn weigh_cpu(&self, weight: u32) -> nix::Result<()> {
         if self.v2 { v2::weigh_cpu(self.dir, weight) } else { v1::weigh_cpu(self.dir, weight) }
     }
@@ -120,6 +134,16 @@ impl<'a> Control<'a> {
         if self.v2 { v2::memory_peak(self.dir) } else { v1::memory_peak(self.dir) }
     }
 
+    /// Begins anew to look for the peak of memory. True if that begins at next to nothing: little more than the CPUs have
+    /// charged ahead, which is in the peak of a new cgroup too.
+    pub(super) fn forget_memory_peak(&self) -> nix::Result<bool> {
+        if self.v2 {
+            return Ok(false);
+        }
+        let next_to_nothing = charged_ahead().min(MOST_CHARGED_AHEAD) + FREED_LATE;
+        v1::reset_memory_peak(self.dir).map(|begin| begin <= next_to_nothing)
+    }
+
     /// Tasks now. Attempts to make one that are being refused count for their moment.
     pub(super) fn pids_used(&self) -> Option<u64> {
         self.dir.number("pids.current")
@@ -135,14 +159,28 @@ impl<'a> Control<'a> {
         if self.v2 { v2::cpu_total(self.dir) } else { v1::cpu_total(self.dir) }
     }
 
-    /// User and system time, in microseconds.
-    pub(super) fn cpu_times(&self) -> (Option<u64>, Option<u64>) {
-        if self.v2 { v2::cpu_times(self.dir) } else { v1::cpu_times(self.dir) }
+    pub(super) fn cpu_counts(&self) -> Option<CpuCounts> {
+        if self.v2 { v2::cpu_counts(self.dir) } else { v1::cpu_counts(self.dir) }
+    }
+
+    /// User and system time, in microseconds, of what has been counted between two looks.
+    pub(super) fn cpu_times(&self, now: &CpuCounts, before: &CpuCounts) -> (u64, u64) {
+        // only that of v1 is kept for more than one sandbox
+        if self.v2 { (now.user, now.system) } else { v1::cpu_times(now, before) }
     }
 
     pub(super) fn cpu_throttled(&self) -> Option<u64> {
         if self.v2 { v2::cpu_throttled(self.dir) } else { v1::cpu_throttled(self.dir) }
     }
+}
+
+/// What all CPUs that this process, and so a job, may run on have charged ahead at most, and nobody uses.
+fn charged_ahead() -> u64 {
+    static CPUS: LazyLock<u64> = LazyLock::new(|| {
+        let ours = sched_getaffinity(Pid::from_raw(0)).unwrap_or_default();
+        (0..CpuSet::count()).filter(|cpu| ours.is_set(*cpu) == Ok(true)).count() as u64
+    });
+    *CPUS * CHARGED_AHEAD
 }
 
 fn quota_us_of(millicores: u32) -> u64 {

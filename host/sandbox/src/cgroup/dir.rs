@@ -152,7 +152,7 @@ impl Dir {
 }
 
 /// The number behind `key` in the `key value` lines of `text`.
-fn keyed(text: &str, key: &str) -> Option<u64> {
+pub(super) fn keyed(text: &str, key: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok())
 }
 

@@ -2,14 +2,42 @@
 
 use std::time::Duration;
 
+use nix::errno::Errno;
+
 use super::leaf::Leaf;
 use super::{Extra, Role, Served};
 use crate::usage::{Pressure, Stall, StallTime, Stats, Usage};
 
+/// CPU time as a cgroup has counted it: all of it, and how it is divided, in any unit.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct CpuCounts {
+    pub(super) total_us: u64,
+    pub(super) user: u64,
+    pub(super) system: u64,
+}
+
+/// What a leaf had counted before it was the sandbox's that has it now.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Before {
+    cpu: CpuCounts,
+    throttled_us: u64,
+    oom_kills: u64,
+}
+
 impl Leaf {
+    /// All that the leaf has counted until now, for another sandbox to begin from.
+    pub(super) fn count_anew(&mut self) -> nix::Result<()> {
+        self.before = Before {
+            cpu: self.control(Role::Cpuacct).cpu_counts().ok_or(Errno::EPROTO)?,
+            throttled_us: self.control(Role::Cpu).cpu_throttled().unwrap_or(0),
+            oom_kills: self.control(Role::Memory).oom_kills().ok_or(Errno::EPROTO)?,
+        };
+        Ok(())
+    }
+
     /// Processes that the OOM killer has taken in this leaf.
     pub(crate) fn oom_kills(&self) -> u64 {
-        self.control(Role::Memory).oom_kills().unwrap_or(0)
+        self.control(Role::Memory).oom_kills().map_or(0, |kills| kills.saturating_sub(self.before.oom_kills))
     }
 
     /// Memory in use now.
@@ -19,20 +47,23 @@ impl Leaf {
 
     /// CPU time used so far.
     pub(crate) fn cpu_used(&self) -> Option<Duration> {
-        self.control(Role::Cpuacct).cpu_total().map(Duration::from_micros)
+        let total = self.control(Role::Cpuacct).cpu_total()?;
+        Some(Duration::from_micros(total.saturating_sub(self.before.cpu.total_us)))
     }
 
     /// Everything that the leaf has counted so far. `own_pids` of its processes are the host's own.
     pub(crate) fn usage(&self, own_pids: u32) -> Usage {
-        let (user, system) = self.control(Role::Cpuacct).cpu_times();
+        let cpuacct = self.control(Role::Cpuacct);
+        let times = cpuacct.cpu_counts().map(|now| cpuacct.cpu_times(&now, &self.before.cpu));
+        let throttled = self.control(Role::Cpu).cpu_throttled();
         let peak = self.control(Role::Pids).pids_peak();
         let io = self.io();
         Usage {
             wall_us: 0,
             paused_us: 0,
-            cpu_user_us: user,
-            cpu_system_us: system,
-            cpu_throttled_us: self.control(Role::Cpu).cpu_throttled(),
+            cpu_user_us: times.map(|(user, _)| user),
+            cpu_system_us: times.map(|(_, system)| system),
+            cpu_throttled_us: throttled.map(|time| time.saturating_sub(self.before.throttled_us)),
             memory_peak_bytes: self.control(Role::Memory).memory_peak(),
             pids_peak: peak.map(|peak| peak.saturating_sub(u64::from(own_pids))),
             io_read_bytes: io.map(|(read, _)| read),

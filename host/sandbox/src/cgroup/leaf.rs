@@ -1,6 +1,5 @@
 //! The cgroup of one sandbox.
 
-use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
@@ -8,10 +7,12 @@ use nix::errno::Errno;
 use nix::unistd::Pid;
 
 use super::control::Control;
+use super::gauge::Before;
 use super::tree::Level;
 use super::{Extra, Plan, Role, UNIFIED, v2};
 use crate::limits::Limits;
 use crate::name::Name;
+use crate::paths::CgroupPaths;
 use crate::spec::SandboxSpec;
 
 /// A limit: its key, whether it is to be written, and what writes it.
@@ -30,8 +31,9 @@ pub(crate) struct Leaf {
     own: bool,
     /// The limits that are written, as long as nothing has been attached.
     limited: Option<Shares>,
-    /// What [`Leaf::die_whole`] has given ahead.
+    /// What [`Leaf::die_whole`] gives, if it has been made already.
     oom: Option<Option<OwnedFd>>,
+    pub(super) before: Before,
 }
 
 /// What is written into a leaf.
@@ -41,6 +43,8 @@ struct Shares {
     millicores: u32,
     weight: u32,
     pids: u32,
+    /// Nobody but the job's one process was to be in it.
+    alone: bool,
 }
 
 impl Shares {
@@ -52,13 +56,14 @@ impl Shares {
             millicores: limits.cpu_millicores.min(spec.ceiling.cpu_millicores.unwrap_or(u32::MAX)),
             weight: limits.cpu_weight,
             pids: limits.pids + spec.kind.own_pids(),
+            alone: spec.kind.own_pids() == 0,
         }
     }
 }
 
 impl Leaf {
     pub(super) fn new(plan: Rc<Plan>, parent: Rc<Level>, tenant: Name, path: String, level: Level, own: bool) -> Self {
-        Self { plan, parent, tenant, path, level, own, limited: None, oom: None }
+        Self { plan, parent, tenant, path, level, own, limited: None, oom: None, before: Before::default() }
     }
 
     pub(super) fn is_own(&self) -> bool {
@@ -70,8 +75,46 @@ impl Leaf {
     }
 
     /// Removes the directories. `EBUSY` while the last task is still on its way out.
-    pub(super) fn remove(&self) -> nix::Result<()> {
+    pub(super) fn remove(&mut self) -> nix::Result<()> {
+        self.oom = None;
         self.parent.remove_below(self.name(), self.plan.with_leaves)
+    }
+
+    /// Whether [`Leaf::renew`] is worth an attempt.
+    pub(crate) fn may_be_renewed(&self) -> bool {
+        let on_v1 = Role::ALL.into_iter().all(|role| !self.plan.is_v2(role));
+        on_v1 && !self.own && self.limited.is_some_and(|limited| limited.alone)
+    }
+
+    /// Makes what a dead sandbox has left as good as new for another one of the tenant. True if it is.
+    ///
+    /// What v1 counts begins from here. It resets no peak of pids; but where that is 1 nobody had more than one process, and
+    /// the next one's is right too. On v2 the directory is another one: nothing resets the averages of its pressure.
+    pub(super) fn renew(&mut self) -> nix::Result<bool> {
+        let (true, Some(limited)) = (self.may_be_renewed(), self.limited) else { return Ok(false) };
+        let pids = self.control(Role::Pids);
+        if pids.pids_used() != Some(0) || pids.pids_peak().is_some_and(|peak| peak > 1) {
+            return Ok(false);
+        }
+        match self.plan.v2 {
+            Some(v2) => {
+                let name = self.name().to_owned();
+                self.level.renew(v2, &self.parent, &name)?;
+            }
+            // an order to freeze may have come when its process had ended already
+            None => self.control(Role::Freezer).thaw()?,
+        }
+        if !self.control(Role::Memory).forget_memory_peak()? {
+            return Ok(false);
+        }
+        // of what the last one was throttled for, the next one does not pay
+        self.control(Role::Cpu).refill_cpu(limited.millicores)?;
+        if let Some(Some(oom)) = &self.oom {
+            // what has been told of has been looked at
+            let _ = nix::unistd::read(oom, &mut [0; 8]);
+        }
+        self.count_anew()?;
+        Ok(true)
     }
 
     pub(super) fn control(&self, role: Role) -> Control<'_> {
@@ -100,7 +143,8 @@ impl Leaf {
 
     /// Changes the limits of what runs already, as far as they differ. An error names the limit and puts back those that
     /// had been changed before it; only `EBUSY` for memory is told when all is written: more of it is in use.
-    pub(crate) fn change_limits(&self, from: &SandboxSpec, to: &SandboxSpec) -> Result<(), (&'static str, Errno)> {
+    pub(crate) fn change_limits(&mut self, from: &SandboxSpec, to: &SandboxSpec) -> Result<(), (&'static str, Errno)> {
+        self.distrust();
         let writes: [LimitWrite; 3] = [
             ("cpu_cores", from.limits.cpu_millicores != to.limits.cpu_millicores, Self::limit_cpu),
             ("cpu_weight", from.limits.cpu_weight != to.limits.cpu_weight, Self::weigh_cpu),
@@ -168,6 +212,11 @@ impl Leaf {
         }
     }
 
+    /// Takes back what [`Leaf::die_whole`] has given, for another sandbox.
+    pub(crate) fn keep_oom(&mut self, oom: Option<OwnedFd>) {
+        self.oom = Some(oom);
+    }
+
     /// Does all of that for a sandbox which may come.
     pub(super) fn make_ready(&mut self, spec: &SandboxSpec) -> nix::Result<()> {
         self.limit(spec)?;
@@ -195,14 +244,14 @@ impl Leaf {
     }
 
     /// Whether a process with this membership is in the leaf, in every hierarchy.
-    pub(crate) fn holds(&self, membership: &BTreeMap<String, String>) -> bool {
+    pub(crate) fn holds(&self, membership: &CgroupPaths) -> bool {
         let in_leaf = |name: &str| membership.get(name).is_some_and(|path| path.ends_with(&self.path));
         let v1 = Role::ALL.into_iter().filter(|role| !self.plan.is_v2(*role)).all(|role| in_leaf(role.v1_name()));
         v1 && (self.plan.v2.is_none() || in_leaf(UNIFIED)) && self.tenant_holds(membership)
     }
 
     /// The cgroups of a process with this membership, by the names of the controllers that limit it.
-    pub(crate) fn by_controller(&self, membership: BTreeMap<String, String>) -> BTreeMap<String, String> {
+    pub(crate) fn by_controller(&self, membership: &CgroupPaths) -> CgroupPaths {
         self.plan.name_v2_controllers(membership)
     }
 
@@ -213,7 +262,7 @@ impl Leaf {
     }
 
     /// Whether it is in the tenant's cgroup, in every hierarchy that has no leaves.
-    fn tenant_holds(&self, membership: &BTreeMap<String, String>) -> bool {
+    fn tenant_holds(&self, membership: &CgroupPaths) -> bool {
         let (tenant, _) = self.path.rsplit_once('/').unwrap_or_default();
         let in_tenant = |name: &str| membership.get(name).is_some_and(|path| path.ends_with(tenant));
         let on_v1 = |extra: &Extra| self.plan.served(*extra).is_ok_and(|served| !served.v2);

@@ -1,7 +1,5 @@
 //! Leaves below the tenants: one for each sandbox, and for each process of the host's own beside them.
 
-use std::time::Instant;
-
 use nix::errno::Errno;
 
 use super::leaf::Leaf;
@@ -10,7 +8,10 @@ use crate::name::Name;
 use crate::spec::SandboxSpec;
 
 /// Leaves of a tenant that are made ahead at most: the next sandbox's, and one for a second that comes at once.
-const STOCK: usize = 2;
+pub(super) const STOCK: usize = 2;
+
+/// Leaves of a tenant's dead sandboxes that are kept for others at most: what a burst of jobs may find.
+const KEPT: usize = 16;
 
 impl Tree {
     /// A leaf for one sandbox under its tenant, which must have been made by [`Tree::tenant`]. It may have any limits.
@@ -25,15 +26,17 @@ impl Tree {
         }
     }
 
+    /// Whether a leaf is there for the next sandbox of a tenant.
+    pub(crate) fn has_stock(&self, tenant: &Name) -> bool {
+        self.tenants.get(tenant).is_some_and(|tenant| !tenant.stock.is_empty())
+    }
+
     fn make_sandbox_leaf(&mut self, tenant: &Name) -> nix::Result<Leaf> {
         self.numbers += 1;
         self.make_leaf(tenant, &format!("sandbox-{}", self.numbers), false)
     }
 
     /// Makes leaves ahead for sandboxes like `spec`, one at each call. Whether there is more to do.
-    ///
-    /// A leaf that has been used is not used again: v1 resets neither the peak of pids nor, at a bearable price, that of
-    /// memory.
     pub(crate) fn stock_up(&mut self, spec: &SandboxSpec) -> bool {
         let missing = |tree: &Self| tree.tenants.get(&spec.tenant).is_some_and(|entry| entry.stock.len() < STOCK);
         if missing(self)
@@ -74,17 +77,32 @@ impl Tree {
         Ok(leaf)
     }
 
+    /// Keeps the leaf of a dead sandbox for another one of the tenant, if it can be made as good as new; else removes it, as
+    /// [`Tree::remove`].
+    pub(crate) fn keep(&mut self, mut leaf: Leaf) -> Option<Leaf> {
+        // on v1 alone it would have to be frozen with the others
+        let stands = self.plan.v2.is_none() && self.frozen.contains(leaf.tenant());
+        let has_room = self.tenants.get(leaf.tenant()).is_some_and(|tenant| tenant.stock.len() < KEPT);
+        if stands || !has_room || leaf.renew() != Ok(true) {
+            return self.remove(leaf);
+        }
+        if let Some(tenant) = self.tenants.get_mut(leaf.tenant()) {
+            tenant.has_one_less();
+            tenant.stock.push(leaf);
+        }
+        None
+    }
+
     /// Removes the leaf's directories. Gives it back, to be tried again, if the last task is still on its way out.
-    pub(crate) fn remove(&mut self, leaf: Leaf) -> Option<Leaf> {
+    pub(crate) fn remove(&mut self, mut leaf: Leaf) -> Option<Leaf> {
         if leaf.remove().is_err() {
             return Some(leaf);
         }
         if let Some(tenant) = self.tenants.get_mut(leaf.tenant()) {
-            tenant.leaves -= 1;
             if leaf.is_own() {
                 tenant.set_own(&self.plan, tenant.own() - 1);
             }
-            tenant.idle_since = Instant::now();
+            tenant.has_one_less();
         }
         None
     }

@@ -33,6 +33,7 @@ pub(crate) use self::leaf::Leaf;
 pub(crate) use self::machine::Node;
 use self::tree::Level;
 pub(crate) use self::tree::{Remains, Tree};
+use crate::paths::CgroupPaths;
 
 /// What the v2 hierarchy is called among those that a process is in.
 const UNIFIED: &str = "unified";
@@ -224,13 +225,10 @@ impl Plan {
     }
 
     /// `membership`, completed by the names of the controllers that jobs are limited by on v2.
-    fn name_v2_controllers(&self, mut membership: BTreeMap<String, String>) -> BTreeMap<String, String> {
-        if let Some(path) = membership.get(UNIFIED).cloned() {
-            for role in Role::ALL.into_iter().filter(|role| self.is_v2(*role)) {
-                membership.insert(role.v1_name().to_owned(), path.clone());
-            }
-        }
-        membership
+    fn name_v2_controllers(&self, membership: &CgroupPaths) -> CgroupPaths {
+        let on_v2 = Role::ALL.into_iter().filter(|role| self.is_v2(*role));
+        let named = on_v2.filter_map(|role| Some((role.v1_name(), membership.get(UNIFIED)?)));
+        CgroupPaths::of(membership.iter().chain(named))
     }
 
     fn is_v2(&self, role: Role) -> bool {
@@ -266,26 +264,23 @@ impl Plan {
     }
 }
 
-/// The cgroups in `text`, the content of `/proc/PID/cgroup`: the path of each controller that limits jobs; the v2
-/// hierarchy is called `unified`.
-pub(crate) fn membership(text: &str) -> BTreeMap<String, String> {
-    let mut paths = BTreeMap::new();
-    for line in text.lines() {
-        let mut fields = line.splitn(3, ':');
-        let (Some(_), Some(controllers), Some(path)) = (fields.next(), fields.next(), fields.next()) else {
-            continue;
-        };
-        if controllers.is_empty() {
-            paths.insert(UNIFIED.to_owned(), path.to_owned());
-        }
-        for controller in controllers.split(',') {
-            let mut names = Role::ALL.map(Role::v1_name).into_iter().chain(Extra::ALL.map(Extra::v1_name));
-            if names.any(|name| name == controller) {
-                paths.insert(controller.to_owned(), path.to_owned());
-            }
-        }
-    }
-    paths
+/// The cgroups in `text`, the content of `/proc/PID/cgroup`: the path of each controller that limits jobs and that is
+/// `wanted`; the v2 hierarchy is called `unified`.
+pub(crate) fn membership(text: &str, wanted: impl Fn(&str) -> bool) -> CgroupPaths {
+    let limits = |name: &str| {
+        name == UNIFIED
+            || Role::ALL.map(Role::v1_name).contains(&name)
+            || Extra::ALL.map(Extra::v1_name).contains(&name)
+    };
+    let lines = text.lines().filter_map(|line| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        Some((fields.next()?, fields.next()?))
+    });
+    let named = lines.flat_map(|(controllers, path)| {
+        let controllers = if controllers.is_empty() { UNIFIED } else { controllers };
+        controllers.split(',').map(move |controller| (controller, path))
+    });
+    CgroupPaths::of(named.filter(|(name, _)| limits(name) && wanted(name)))
 }
 
 #[cfg(test)]
@@ -358,9 +353,8 @@ mod tests {
     #[test]
     fn membership_names_the_controllers_that_limit() {
         let text = "9:name=systemd:/\n5:cpu,cpuacct:/h/t/l\n4:memory:/x\n1:perf_event:/\n2:blkio:/h/t\n0::/h/t/l\n";
-        let paths = membership(text);
-        let expected =
-            [("blkio", "/h/t"), ("cpu", "/h/t/l"), ("cpuacct", "/h/t/l"), ("memory", "/x"), ("unified", "/h/t/l")];
-        assert_eq!(paths, expected.map(|(k, v)| (k.to_owned(), v.to_owned())).into());
+        let paths = membership(text, |name| name != "cpuacct");
+        let expected = [("blkio", "/h/t"), ("cpu", "/h/t/l"), ("memory", "/x"), ("unified", "/h/t/l")];
+        assert_eq!(paths.iter().collect::<Vec<_>>(), expected);
     }
 }

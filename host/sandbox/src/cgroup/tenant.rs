@@ -35,7 +35,7 @@ pub(super) struct Tenant {
     pub(super) level: Rc<Level>,
     /// Leaves, of sandboxes and of the host's own.
     pub(super) leaves: usize,
-    /// Leaves that no sandbox has had yet.
+    /// Leaves that no sandbox has, new or made as good as new.
     pub(super) stock: Vec<Leaf>,
     /// Leaves of the host's own, with a process each that is not the tenant's.
     own: u32,
@@ -132,6 +132,12 @@ impl Tenant {
         let (read, written) = gauge::io_bytes_v1(&text);
         let (read_before, written_before) = std::mem::replace(&mut self.io_told, (read, written));
         Some((read.saturating_sub(read_before), written.saturating_sub(written_before)))
+    }
+
+    /// A leaf has gone, or has no sandbox any more.
+    pub(super) fn has_one_less(&mut self) {
+        self.leaves -= 1;
+        self.idle_since = Instant::now();
     }
 
     /// So many of the processes below it are the host's own. The ceiling is for the others.
@@ -242,13 +248,13 @@ impl Tenant {
             now.pids = new.pids;
         }
         if now.cpu_millicores != new.cpu_millicores {
+            // theirs may be changed too, on v1, whatever comes of it
+            self.stock.iter_mut().for_each(Leaf::distrust);
             match control(Role::Cpu).limit_cpu_of_all(new.cpu_millicores.unwrap_or(NO_CEILING_MILLICORES)) {
                 Err(Errno::EINVAL) => return Err(Trouble::Cpu),
                 other => other.map_err(fails("cpu_cores"))?,
             }
             now.cpu_millicores = new.cpu_millicores;
-            // theirs have been changed too, on v1
-            self.stock.iter_mut().for_each(Leaf::distrust);
         }
         Ok(())
     }

@@ -12,6 +12,7 @@ use nix::unistd::Pid;
 use super::dir::Dir;
 use super::hierarchy::Hierarchy;
 use super::leaf::Leaf;
+use super::leaves::STOCK;
 use super::machine::{Machine, Node};
 use super::tenant::{Attempt, Ground, Tenant};
 use super::{CgroupError, Extra, Plan, Role, Served, host, room, settings, v1, v2};
@@ -55,6 +56,14 @@ impl Level {
             }
         }
         Ok(Self(made))
+    }
+
+    /// Removes `name` in one hierarchy, and makes it again.
+    pub(super) fn renew(&mut self, index: usize, parent: &Self, name: &str) -> nix::Result<()> {
+        let parent = parent.dir(index);
+        parent.remove(name)?;
+        self.0[index] = parent.make(name)?;
+        Ok(())
     }
 
     /// Removes `name` below the first `count` of them.
@@ -306,16 +315,21 @@ impl Tree {
         ceiling.devices.iter().filter_map(|rule| self.ground.machine.node(*rule)).collect()
     }
 
-    /// Removes the cgroups of tenants that have been idle for a while. Returns when to look again.
+    /// Removes the cgroups of tenants that have been idle for a while, and leaves that a burst of jobs has left. Returns when
+    /// to look again.
     pub(crate) fn remove_idle_tenants(&mut self, now: Instant) -> Option<Instant> {
         let (root, count) = (&self.root, self.plan.hierarchies.len());
         self.tenants.retain(|name, tenant| {
-            let due = tenant.leaves == 0 && !tenant.is_pending() && now >= tenant.idle_since + TENANT_LINGER;
+            let quiet = now >= tenant.idle_since + TENANT_LINGER;
+            let due = quiet && tenant.leaves == 0 && !tenant.is_pending();
+            if quiet && tenant.stock.len() > STOCK {
+                tenant.stock.drain(STOCK..).for_each(|mut leaf| _ = leaf.remove());
+            }
             if !due {
                 return true;
             }
             // dropping our descriptors first is not needed: they do not keep a cgroup busy
-            tenant.stock.drain(..).for_each(|leaf| _ = leaf.remove());
+            tenant.stock.drain(..).for_each(|mut leaf| _ = leaf.remove());
             match root.remove_below(name.as_str(), count) {
                 Ok(()) => false,
                 Err(_) => {
@@ -324,7 +338,8 @@ impl Tree {
                 }
             }
         });
-        self.tenants.values().filter(|t| t.leaves == 0 && !t.is_pending()).map(|t| t.idle_since + TENANT_LINGER).min()
+        let to_do = |t: &&Tenant| (t.leaves == 0 && !t.is_pending()) || t.stock.len() > STOCK;
+        self.tenants.values().filter(to_do).map(|tenant| tenant.idle_since + TENANT_LINGER).min()
     }
 }
 

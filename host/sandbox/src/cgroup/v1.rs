@@ -12,6 +12,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::PAGE_BYTES;
 use super::dir::Dir;
+use super::gauge::CpuCounts;
 
 /// Limits memory, and memory plus swap to the same value, so that swapping is no way around the limit.
 pub(super) fn limit_memory(dir: &Dir, bytes: u64) -> nix::Result<()> {
@@ -66,6 +67,12 @@ pub(super) fn limit_cpu(dir: &Dir, quota_us: u64, period_us: u64) -> nix::Result
     dir.confirm("cpu.cfs_quota_us", quota_us)
 }
 
+/// Gives all of a period's quota anew, whatever has been used of it.
+pub(super) fn refill_cpu(dir: &Dir, quota_us: u64) -> nix::Result<()> {
+    dir.write("cpu.cfs_quota_us", &quota_us.to_string())?;
+    dir.confirm("cpu.cfs_quota_us", quota_us)
+}
+
 /// CPU time in a period; `None` if there is no limit.
 pub(super) fn cpu_quota(dir: &Dir) -> Option<u64> {
     dir.number("cpu.cfs_quota_us") // -1 without a limit, which is no such number
@@ -100,15 +107,19 @@ pub(super) fn memory_peak(memory: &Dir) -> Option<u64> {
     memory.number("memory.max_usage_in_bytes")
 }
 
-/// User and system time in microseconds.
+/// User and system time in microseconds, of what has been counted since `before`.
 ///
 /// v1 counts the sum to the nanosecond but samples the division between user and kernel at timer ticks, so the exact
 /// sum is divided in the sampled proportion, as the kernel itself does for `cpu.stat` of v2 (`cputime_adjust`).
-pub(super) fn cpu_times(cpuacct: &Dir) -> (Option<u64>, Option<u64>) {
+pub(super) fn cpu_times(now: &CpuCounts, before: &CpuCounts) -> (u64, u64) {
+    let since = |count: fn(&CpuCounts) -> u64| count(now).saturating_sub(count(before));
+    divide(since(|counts| counts.total_us), since(|counts| counts.user), since(|counts| counts.system))
+}
+
+pub(super) fn cpu_counts(cpuacct: &Dir) -> Option<CpuCounts> {
     let sampled = |file| cpuacct.number(file).unwrap_or(0);
-    let divided =
-        cpu_total(cpuacct).map(|total| divide(total, sampled("cpuacct.usage_user"), sampled("cpuacct.usage_sys")));
-    (divided.map(|(user, _)| user), divided.map(|(_, system)| system))
+    let (user, system) = (sampled("cpuacct.usage_user"), sampled("cpuacct.usage_sys"));
+    cpu_total(cpuacct).map(|total_us| CpuCounts { total_us, user, system })
 }
 
 /// Divides `total` as `user` is to `system`. Without a sample, all of it is the kernel's: a process that no tick has
@@ -118,6 +129,12 @@ fn divide(total: u64, user: u64, system: u64) -> (u64, u64) {
     let sum = user_wide + u128::from(system);
     let user = (total_wide * user_wide).checked_div(sum).and_then(|part| u64::try_from(part).ok()).unwrap_or(0);
     (user, total - user)
+}
+
+/// Begins anew to look for the peak, and gives where it begins: at what is in use.
+pub(super) fn reset_memory_peak(memory: &Dir) -> nix::Result<u64> {
+    memory.write("memory.max_usage_in_bytes", "0")?;
+    memory_peak(memory).ok_or(Errno::EPROTO)
 }
 
 /// All CPU time in microseconds.

@@ -4,7 +4,8 @@
 use nix::errno::Errno;
 
 use super::PAGE_BYTES;
-use super::dir::Dir;
+use super::dir::{Dir, keyed};
+use super::gauge::CpuCounts;
 
 /// The controllers that this cgroup could give to its children.
 pub(super) fn available(dir: &Dir) -> Vec<String> {
@@ -77,9 +78,10 @@ pub(super) fn memory_peak(dir: &Dir) -> Option<u64> {
     dir.number("memory.peak") // since Linux 5.19
 }
 
-/// User and system time in microseconds.
-pub(super) fn cpu_times(dir: &Dir) -> (Option<u64>, Option<u64>) {
-    (dir.keyed_number("cpu.stat", "user_usec"), dir.keyed_number("cpu.stat", "system_usec"))
+pub(super) fn cpu_counts(dir: &Dir) -> Option<CpuCounts> {
+    let text = dir.read("cpu.stat").ok()?;
+    let count = |key| keyed(&text, key);
+    Some(CpuCounts { total_us: count("usage_usec")?, user: count("user_usec")?, system: count("system_usec")? })
 }
 
 /// All CPU time in microseconds.

@@ -10,8 +10,10 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
+use nix::libc;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::stat::Mode;
+use nix::sys::uio::pread;
 
 use super::proc::Proc;
 use super::zygote::Choice;
@@ -51,9 +53,33 @@ pub(super) struct Networks {
 #[derive(Debug)]
 struct Network {
     fd: OwnedFd,
-    /// What [`FILES`] said of it when it was new.
+    /// [`FILES`], which tell of it wherever they are read.
+    files: Vec<(&'static str, OwnedFd)>,
+    /// What they said when it was new.
     newborn: Vec<u8>,
     used: bool,
+}
+
+impl Network {
+    /// The one that this process is in, which is new.
+    fn own(proc: &Proc) -> nix::Result<Self> {
+        let fd = own(proc)?;
+        let mut files = Vec::with_capacity(FILES.len());
+        for name in FILES {
+            match openat(proc.as_fd(), name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()) {
+                Ok(file) => files.push((name, file)),
+                Err(Errno::ENOENT) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        let newborn = look(&files)?;
+        Ok(Self { fd, files, newborn, used: false })
+    }
+
+    /// Whether nothing is left of those that have had it.
+    fn is_empty(&self) -> bool {
+        look(&self.files).is_ok_and(|now| now == self.newborn)
+    }
 }
 
 impl Networks {
@@ -83,13 +109,10 @@ impl Networks {
     }
 
     /// The sandbox is dead: keeps its namespace if there is nothing in it.
-    pub(super) fn give_back(&mut self, id: SandboxId, proc: &Proc) {
+    pub(super) fn give_back(&mut self, id: SandboxId) {
         let Some(network) = self.lent.remove(&id) else { return };
-        if self.empty.len() < KEPT && enter(&network.fd).is_ok() {
-            if look(proc).is_ok_and(|now| now == network.newborn) {
-                self.empty.push(network);
-            }
-            self.leave();
+        if self.empty.len() < KEPT && network.is_empty() {
+            self.empty.push(network);
         }
     }
 
@@ -98,11 +121,7 @@ impl Networks {
         if self.empty.len() >= AHEAD {
             return;
         }
-        let made = unshare(CloneFlags::CLONE_NEWNET).and_then(|()| {
-            let fd = own(proc)?;
-            let newborn = look(proc)?;
-            Ok(Network { fd, newborn, used: false })
-        });
+        let made = unshare(CloneFlags::CLONE_NEWNET).and_then(|()| Network::own(proc));
         // without one, the clone makes its own
         self.empty.extend(made.ok());
         self.leave();
@@ -118,22 +137,22 @@ fn own(proc: &Proc) -> nix::Result<OwnedFd> {
     openat(proc.as_fd(), "self/ns/net", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
 }
 
-/// What [`FILES`] say of this process's network namespace.
-fn look(proc: &Proc) -> nix::Result<Vec<u8>> {
+/// What the files say now.
+fn look(files: &[(&'static str, OwnedFd)]) -> nix::Result<Vec<u8>> {
     let mut seen = Vec::with_capacity(USUAL_SIZE);
     let mut piece = [0; 4096];
-    for name in FILES {
-        let Ok(file) = openat(proc.as_fd(), name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()) else {
-            continue;
-        };
+    for (name, file) in files {
         let start = seen.len();
-        // the kernel gives a page at a time, so that asking for less would only be asking more often
         loop {
-            match nix::unistd::read(&file, &mut piece)? {
-                0 => break,
-                length => seen.extend(&piece[..length]),
+            let read = seen.len() - start;
+            let at = libc::off_t::try_from(read).map_err(|_| Errno::EFBIG)?;
+            let length = pread(file, &mut piece, at)?;
+            seen.extend(&piece[..length]);
+            // the kernel gives whole lines, as many as there is room for; none of them is as long as half of the room
+            if length < piece.len() / 2 {
+                break;
             }
-            if seen.len() - start > MAX_FILE {
+            if read + length > MAX_FILE {
                 return Err(Errno::EFBIG);
             }
         }

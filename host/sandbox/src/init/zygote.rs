@@ -154,7 +154,7 @@ impl Zygote {
             };
             match received.value {
                 ToZygote::Begin => return Err(Errno::EPROTO).at(Step::WaitGate),
-                ToZygote::Buried(id) => self.networks.give_back(id, &self.proc),
+                ToZygote::Buried(id) => self.networks.give_back(id),
                 ToZygote::Spawn { id, limits, first_id, fresh_network } => {
                     let Ok([gate, channel]) = <[OwnedFd; 2]>::try_from(received.fds) else {
                         return Err(Errno::EPROTO).at(Step::WaitGate);
@@ -165,7 +165,7 @@ impl Zygote {
                     match self.spawn(&limits, first_id, network.flags(), gate, channel, proof) {
                         Ok((pidfd, mapped)) => tell(FromZygote::Spawned { id, used_network, mapped }, &[pidfd])?,
                         Err(error) => {
-                            self.networks.give_back(id, &self.proc);
+                            self.networks.give_back(id);
                             tell(FromZygote::Refused { id, error }, NO_FDS)?;
                         }
                     }

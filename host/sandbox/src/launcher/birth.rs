@@ -20,6 +20,7 @@ use crate::gate::{self, LauncherGate, SandboxGate, ToSandbox};
 use crate::init::seccomp::Filters;
 use crate::init::{self, Birth, Parent, root};
 use crate::limits::Limits;
+use crate::name::Name;
 use crate::spec::{IDS_PER_JOB, JOB_ID, Kind, SandboxId, SandboxSpec};
 use crate::sys::process::{Cloned, SingleThreaded, clone3};
 use crate::uids::JobIds;
@@ -55,7 +56,7 @@ impl Launcher<'_> {
             .map_err(|error| error.errno())
             .at(Step::TenantCgroup)
             .inspect_err(|_| self.uids.give_back(&ids))?;
-        let mut leaf = match self.tree.leaf(&spec.tenant).at(Step::CreateCgroup) {
+        let mut leaf = match self.leaf_for(&spec.tenant).at(Step::CreateCgroup) {
             Ok(leaf) => leaf,
             Err(error) => {
                 self.uids.give_back(&ids);
@@ -63,6 +64,7 @@ impl Launcher<'_> {
             }
         };
         self.stock_up_for = self.ahead.then(|| spec.clone());
+        self.last_launch = Instant::now();
         let begun = match self.prepare(&spec, &mut leaf) {
             Ok((oom, gate, theirs)) if spec.kind.has_zygote() => match self.zygote_for(&spec, &ids, &artifact) {
                 Ok(zygote) => {
@@ -86,6 +88,28 @@ impl Launcher<'_> {
             self.remove(leaf);
             error
         })
+    }
+
+    /// Makes ahead what the next sandbox like `spec` needs, a little at a time. Whether there is more to do.
+    pub(super) fn provide(&mut self, spec: &SandboxSpec) -> bool {
+        if spec.kind == Kind::Native && self.place.on_host && self.dev.is_none() {
+            // without one, the launch makes it
+            self.dev = root::make_dev(&[], 0).ok();
+        }
+        self.tree.stock_up(spec)
+    }
+
+    /// The cgroup of a sandbox: one that is there already, if only as that of a dead one.
+    fn leaf_for(&mut self, tenant: &Name) -> nix::Result<Leaf> {
+        let left = self.leaving.iter().position(|leaf| leaf.tenant() == tenant && leaf.may_be_renewed());
+        if self.ahead
+            && !self.tree.has_stock(tenant)
+            && let Some(index) = left
+        {
+            let leaf = self.leaving.swap_remove(index);
+            self.remove_now(leaf);
+        }
+        self.tree.leaf(tenant)
     }
 
     /// Limits the leaf of a sandbox, and makes both ends of its gate.
@@ -127,7 +151,8 @@ impl Launcher<'_> {
         let makes_dev = spec.kind == Kind::Native && self.place.on_host;
         let dev = if makes_dev {
             let (nodes, owner) = (self.tree.nodes(&spec.ceiling), ids.first + JOB_ID);
-            Some(root::make_dev(&nodes, owner).at(Step::MakeDev)?)
+            let ahead = self.dev.take_if(|_| nodes.is_empty());
+            Some(ahead.map_or_else(|| root::make_dev(&nodes, owner), Ok).at(Step::MakeDev)?)
         } else {
             None
         };

@@ -209,7 +209,8 @@ impl Launcher<'_> {
     }
 
     fn change_limits(&mut self, request: u64, id: SandboxId, limits: Limits) {
-        let changed = self.living(id).and_then(|live| {
+        let living = self.live.get_mut(&id).filter(|live| !live.is_dying()).ok_or(OrderError::Ended);
+        let changed = living.and_then(|live| {
             let fixed = live.spec.limits.changed_at_start_only(&limits);
             if let Some(limit) = limits.check().err().map(|error| error.0).or(fixed) {
                 return Err(OrderError::Limit(limit.to_owned()));

@@ -24,6 +24,7 @@ use super::zygotes::ZygoteId;
 use crate::cgroup::Leaf;
 use crate::error::{AtStep, LaunchError, Step};
 use crate::gate::{FromSandbox, LauncherGate, ToSandbox};
+use crate::limits::Limits;
 use crate::protocol::FromLauncher;
 use crate::spec::{Kind, SandboxId, SandboxSpec};
 use crate::sys::process::pidfd_send_signal;
@@ -165,8 +166,24 @@ impl Launcher<'_> {
         let now = Instant::now();
         live.stage = Stage::Running(now);
         live.pause.begin(now);
+        // only an init has more to say
+        let gate = if live.spec.kind == Kind::Native { None } else { live.gate.take() };
+        let watched = live.pause.stands() || live.oom_until.is_some();
+        let limits = live.spec.limits;
         self.outbox.send(FromLauncher::Started(id));
-        self.keep_time(id, now);
+        gate.into_iter().for_each(|gate| self.unwatch(gate.0));
+        if watched {
+            return self.keep_time(id, now);
+        }
+        // what it has used to come so far is looked at when half of its time may be over: most have ended by then
+        let first = self.soonest(limits.cpu_time / 2, &limits);
+        self.set_alarm(id, Some(now + limits.wall_time.min(first)));
+    }
+
+    /// How long it takes to use so much CPU time at least: no faster than its quota allows, nor than the host has CPUs.
+    fn soonest(&self, cpu_time: Duration, limits: &Limits) -> Duration {
+        let millicores = limits.cpu_millicores.min(self.place.host_millicores).max(1);
+        (cpu_time * 1000 / millicores).max(CPU_CHECK_MIN)
     }
 
     /// Kills a sandbox that could not be made as it should.
@@ -251,9 +268,7 @@ impl Launcher<'_> {
         let Some(left) = limits.cpu_time.checked_sub(used).filter(|left| !left.is_zero()) else {
             return self.kill(id, KillCause::CpuTime);
         };
-        // it cannot use CPU time faster than its quota allows, nor than the host has CPUs
-        let millicores = limits.cpu_millicores.min(self.place.host_millicores).max(1);
-        let soonest = (left * 1000 / millicores).max(CPU_CHECK_MIN);
+        let soonest = self.soonest(left, &limits);
         let look_again = if oom { soonest.min(OOM_CHECK) } else { soonest };
         self.set_alarm(id, Some(wall_end.min(now + look_again)));
     }
@@ -294,16 +309,30 @@ impl Launcher<'_> {
             self.tell_zygote(zygote, id);
             self.leave_family(family);
         }
-        // closing its descriptors, the OOM watch among them, comes before the removal of the cgroup
-        let Live { leaf, .. } = live;
+        let Live { mut leaf, oom, .. } = live;
+        leaf.keep_oom(oom);
         self.remove(leaf);
     }
 }
 
+/// Looks at a child, and leaves it to be reaped.
+fn look(child: &OwnedFd) -> nix::Result<WaitStatus> {
+    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT | WaitPidFlag::__WALL;
+    waitid(Id::PIDFd(child.as_fd()), flags)
+}
+
 /// Whether a child waits to be reaped, or is none any more.
 pub(super) fn is_dead(child: &OwnedFd) -> bool {
-    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT | WaitPidFlag::__WALL;
-    !matches!(waitid(Id::PIDFd(child.as_fd()), flags), Ok(WaitStatus::StillAlive))
+    !matches!(look(child), Ok(WaitStatus::StillAlive))
+}
+
+/// Whether the process of a pidfd is this one's child, and has not been reaped.
+pub(super) fn is_child(process: &OwnedFd) -> nix::Result<bool> {
+    match look(process) {
+        Ok(_) => Ok(true),
+        Err(Errno::ECHILD) => Ok(false),
+        Err(errno) => Err(errno),
+    }
 }
 
 /// Waits for the end of a child that is about to end, and reaps it.

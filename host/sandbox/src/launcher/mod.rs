@@ -56,6 +56,9 @@ const EVENTS: usize = 64;
 /// Messages taken from the server before others are looked after: sandboxes, clocks, and what waits to be told.
 const MESSAGES: usize = 64;
 
+/// How long after a launch began nothing is done that nobody waits for: a launch is over by then, and would wait for it.
+const AT_REST_AFTER: Duration = Duration::from_millis(2);
+
 /// How long after the last attempt a cgroup that is still busy is tried again.
 const REMOVE_AGAIN: Duration = Duration::from_millis(1);
 
@@ -161,12 +164,16 @@ struct Launcher<'w> {
     leaving: Vec<Leaf>,
     /// Those that could not be removed yet.
     busy: Vec<Leaf>,
-    /// What kind of sandbox cgroups are to be made ready for ahead.
+    /// A `/dev` with the standard devices that no sandbox has.
+    dev: Option<OwnedFd>,
+    /// What kind of sandbox is to be made ready for ahead.
     stock_up_for: Option<SandboxSpec>,
     /// Freezes that have been ordered and not been seen to have happened.
     freezing: Vec<Freezing>,
     /// Lists of processes that have been begun, at most one a sandbox.
     listings: Vec<Listing>,
+    /// When the last launch began.
+    last_launch: Instant,
     /// Until when the kernel is kept ready for launches, and when it was last reminded.
     warm: Option<(Instant, Instant)>,
 }
@@ -188,7 +195,8 @@ impl Launcher<'_> {
     fn step(&mut self, buffer: &mut [u8]) -> nix::Result<bool> {
         let mut serving = true;
         let sources = self.wait()?;
-        if sources.is_empty() || self.busy.len() > MOST_LEAVING {
+        let at_rest = sources.is_empty() && self.last_launch.elapsed() >= AT_REST_AFTER;
+        if at_rest || self.busy.len() > MOST_LEAVING {
             self.do_chore();
         }
         for source in sources {
@@ -214,8 +222,9 @@ impl Launcher<'_> {
     /// Waits for events, or until something is due.
     fn wait(&mut self) -> nix::Result<Vec<Source>> {
         let now = Instant::now();
-        let chores = (!self.leaving.is_empty() || self.stock_up_for.is_some()).then_some(now);
-        let busy = (!self.busy.is_empty()).then(|| now + REMOVE_AGAIN);
+        let rest = now.max(self.last_launch + AT_REST_AFTER);
+        let chores = (!self.leaving.is_empty() || self.stock_up_for.is_some()).then_some(rest);
+        let busy = (!self.busy.is_empty()).then(|| rest.max(now + REMOVE_AGAIN));
         let idle = self.tree.remove_idle_tenants(now);
         let ceilings = self.settle_ceilings(now);
         let freezes = self.settle_freezes(now);
@@ -331,7 +340,7 @@ impl Launcher<'_> {
         if let Some(leaf) = self.leaving.pop() {
             self.remove_now(leaf);
         } else if let Some(spec) = self.stock_up_for.take() {
-            self.stock_up_for = self.tree.stock_up(&spec).then_some(spec);
+            self.stock_up_for = self.provide(&spec).then_some(spec);
         } else {
             for leaf in std::mem::take(&mut self.busy) {
                 self.remove_now(leaf);
@@ -339,13 +348,14 @@ impl Launcher<'_> {
         }
     }
 
-    /// Removes the cgroup of a process that is dead, soon.
+    /// Removes the cgroup of a process that is dead, soon, or keeps it for another one's.
     fn remove(&mut self, leaf: Leaf) {
         if self.leaving.len() < MOST_LEAVING { self.leaving.push(leaf) } else { self.remove_now(leaf) }
     }
 
     fn remove_now(&mut self, leaf: Leaf) {
-        self.busy.extend(self.tree.remove(leaf));
+        let left = if self.ahead { self.tree.keep(leaf) } else { self.tree.remove(leaf) };
+        self.busy.extend(left);
     }
 
     /// Kills what lives, waits a bounded time for the deaths, and removes every cgroup.

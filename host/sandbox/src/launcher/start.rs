@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use std::time::Instant;
 
 use nix::fcntl::AT_FDCWD;
 use nix::mount::{MntFlags, umount2};
@@ -273,7 +274,9 @@ fn settle<'w>(
             freezing: Vec::new(),
             listings: Vec::new(),
             busy: Vec::new(),
+            dev: None,
             stock_up_for: None,
+            last_launch: Instant::now(),
             warm: None,
         }),
     }

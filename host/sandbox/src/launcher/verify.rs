@@ -3,30 +3,35 @@
 //! A step that reported success is not proof that it had its effect (CVE-2025-52881: a label that was written to a
 //! fake procfs). What is read here is also what the job's record shows as its isolation.
 
-use std::collections::BTreeMap;
-use std::fs;
-
+use std::fs::{self, File};
+use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
 
-use super::live::Live;
+use super::live::{Live, is_child};
 use super::start::Place;
 use crate::cgroup::{Leaf, membership};
 use crate::error::{AtStep, LaunchError, Step};
 use crate::init::root;
 use crate::init::seccomp::FILTERS;
+use crate::paths::CgroupPaths;
 use crate::spec::{IDS_PER_JOB, JOB_ID, Kind};
 use crate::uids::RunIds;
 use crate::usage::{Isolation, Namespaces};
+
+/// More than most files of a process in `/proc` have, and more than any of those that are read here: what is cut off there
+/// does not pass as whole.
+const USUAL_SIZE: usize = 2048;
+const MAX_SIZE: u64 = 1 << 20;
 
 /// What can be read back of a sandbox as soon as it is attached, while it goes on with its steps.
 pub(super) struct Seen {
     /// All but that of cgroups, which it may not have entered yet.
     namespaces: Namespaces,
     uid_map: String,
-    cgroups: BTreeMap<String, String>,
+    cgroups: CgroupPaths,
 }
 
 /// Reads back what a sandbox has by its birth and its attach.
@@ -38,10 +43,9 @@ pub(super) fn look_early(place: &Place, live: &Live) -> Result<Seen, LaunchError
     require(elder.is_none_or(|elder| differ(&namespaces, &elder)), Step::VerifyNamespaces)?;
     let uid_map = read(live.pid, "uid_map").at(Step::VerifyIds)?.split_whitespace().collect::<Vec<_>>().join(" ");
     require(uid_map == format!("0 {} {IDS_PER_JOB}", live.ids.first), Step::VerifyIds)?;
-    let mut cgroups = membership(&read(live.pid, "cgroup").at(Step::VerifyCgroup)?);
-    cgroups.retain(|name, _| live.leaf.is_governed_by(name));
+    let cgroups = cgroups_of(live.pid, &live.leaf).at(Step::VerifyCgroup)?;
     require(live.leaf.holds(&cgroups), Step::VerifyCgroup)?;
-    Ok(Seen { namespaces, uid_map, cgroups: live.leaf.by_controller(cgroups) })
+    Ok(Seen { namespaces, uid_map, cgroups: live.leaf.by_controller(&cgroups) })
 }
 
 /// The layers of a sandbox whose process `pid` says that it is ready.
@@ -99,8 +103,7 @@ pub(super) fn read_back_zygote(place: &Place, pid: Pid, run: RunIds, leaf: &Leaf
     require(uid_map == format!("0 {} {}", run.first, run.count), Step::VerifyIds)?;
     let mounts = read(pid, "mountinfo").at(Step::VerifyMounts)?;
     require(root::is_template(&mounts), Step::VerifyMounts)?;
-    let mut cgroups = membership(&read(pid, "cgroup").at(Step::VerifyCgroup)?);
-    cgroups.retain(|name, _| leaf.is_governed_by(name));
+    let cgroups = cgroups_of(pid, leaf).at(Step::VerifyCgroup)?;
     require(leaf.holds(&cgroups), Step::VerifyCgroup)?;
     Ok(namespaces)
 }
@@ -109,13 +112,12 @@ pub(super) fn read_back_zygote(place: &Place, pid: Pid, run: RunIds, leaf: &Leaf
 /// process but those of its family, and all children of this process but what a zygote has just cloned are in the books.
 pub(super) fn own_child(pidfd: &OwnedFd) -> std::io::Result<Pid> {
     let unknown = || std::io::Error::from(Errno::EPROTO);
-    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
+    let info = text(&format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
     // another kind of descriptor has no such line, and a dead process -1
     let pid = info.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse::<i32>().ok());
     let pid = Pid::from_raw(pid.filter(|pid| *pid > 1).ok_or_else(unknown)?);
     // of one on its way out too; its last words wait at its gate
-    let own = Status::of(pid)?.number("PPid", 10) == u64::from(std::process::id());
-    if own { Ok(pid) } else { Err(unknown()) }
+    if is_child(pidfd)? { Ok(pid) } else { Err(unknown()) }
 }
 
 /// Whether none of the seven namespaces is the same.
@@ -141,6 +143,11 @@ pub(super) fn namespaces_of(pid: Pid) -> std::io::Result<Namespaces> {
     })
 }
 
+/// The cgroups of a process, as far as they are of a leaf's making or of its tenant's.
+fn cgroups_of(pid: Pid, leaf: &Leaf) -> std::io::Result<CgroupPaths> {
+    Ok(membership(&read(pid, "cgroup")?, |name| leaf.is_governed_by(name)))
+}
+
 /// That of one of them.
 fn namespace_of(pid: Pid, name: &str) -> std::io::Result<u64> {
     let link = fs::read_link(format!("/proc/{pid}/ns/{name}"))?;
@@ -156,7 +163,14 @@ pub(super) fn filters_of(pid: Pid) -> std::io::Result<u32> {
 }
 
 fn read(pid: Pid, file: &str) -> std::io::Result<String> {
-    fs::read_to_string(format!("/proc/{pid}/{file}"))
+    text(&format!("/proc/{pid}/{file}"))
+}
+
+/// As `fs::read_to_string`, in two reads: the kernel tells no size of these files, so that one grows piece by piece.
+fn text(path: &str) -> std::io::Result<String> {
+    let mut text = String::with_capacity(USUAL_SIZE);
+    File::open(path)?.take(MAX_SIZE).read_to_string(&mut text)?;
+    Ok(text)
 }
 
 /// `/proc/PID/status`.

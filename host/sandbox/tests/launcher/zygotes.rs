@@ -21,11 +21,9 @@ pub(crate) fn trials() -> Vec<Trial> {
     ]
 }
 
-/// The same of a sandbox whose maps its zygote has written, and which was looked at once before, when the zygote had told
-/// of it.
+/// The same of a sandbox whose maps its zygote has written.
 fn verify_spawned(name: &'static str, when: When, step: Step) -> Case {
-    let nth = if step == Step::VerifyPrivilege { 2 } else { 1 };
-    case(name, WASM, launcher(libc::SYS_openat).when(when).nth(nth).fails(EMFILE), step, EMFILE)
+    case(name, WASM, launcher(libc::SYS_openat).when(when).nth(1).fails(EMFILE), step, EMFILE)
 }
 
 /// A case in which the zygote has to be made first.
