@@ -1,7 +1,8 @@
 //! One HTTP request to a guest and its response: what is passed on of their headers, and their bodies as they flow.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
-use std::future::pending;
+use std::future::{pending, poll_fn};
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -15,6 +16,7 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::io::AsyncWrite;
 use tokio::sync::oneshot;
+use tokio::task::yield_now;
 use tokio::time::timeout;
 
 use super::body::PacedBody;
@@ -61,6 +63,10 @@ pub(super) enum ExchangeError {
     #[error("its headers have {0} bytes, more than {MAX_HEADER_BYTES}")]
     Headers(usize),
 }
+
+/// How often a connection to a guest is given its turn before what has come of an answer is sent on: it hands on a piece of
+/// the body each time that one has been taken. The usual answer is whole after three.
+const TURNS: usize = 4;
 
 /// The body of a guest's response, still on its way.
 #[derive(Debug)]
@@ -187,11 +193,58 @@ pub(super) struct GuestBody {
     /// Dropped first: what the guest fails of when its answer is not read any more is not its own failure.
     job: Option<Submitted>,
     answer: Answer,
+    /// What has come before anybody asked.
+    early: VecDeque<Piece>,
+    /// What came before the answer broke off has been sent.
+    sent: bool,
 }
+
+/// A piece of a body, or what broke it off.
+type Piece = Result<Frame<Bytes>, axum::Error>;
 
 impl GuestBody {
     pub(super) fn new(answer: Answer, job: Submitted) -> Self {
-        Self { answer, job: Some(job) }
+        Self { answer, job: Some(job), early: VecDeque::new(), sent: false }
+    }
+
+    /// Takes what the guest has written already. A short answer is whole then, and goes out in one piece.
+    pub(super) async fn take_early(&mut self) {
+        for _ in 0..TURNS {
+            while self.early.len() < TURNS
+                && !self.answer.body.is_end_stream()
+                && let Poll::Ready(next) = poll_once(|cx| self.poll_answer(cx)).await
+            {
+                let Some(piece) = next else { return };
+                let broken = piece.is_err();
+                self.early.push_back(piece);
+                if broken {
+                    return;
+                }
+            }
+            if self.answer.body.is_end_stream() {
+                return self.complete();
+            }
+            yield_now().await;
+        }
+    }
+
+    fn poll_answer(&mut self, cx: &mut Context<'_>) -> Poll<Option<Piece>> {
+        Poll::Ready(match ready!(Pin::new(&mut self.answer.body).poll_frame(cx)) {
+            Some(Ok(frame)) => {
+                let bytes = frame.data_ref().map_or(0, Bytes::len);
+                Some(self.answer.meter.count_output(bytes).map(|()| frame).map_err(axum::Error::new))
+            }
+            Some(Err(error)) => {
+                if let Some(job) = self.job.take() {
+                    tokio::spawn(timeout(LAST_WORDS, job.finished()));
+                }
+                Some(Err(axum::Error::new(error)))
+            }
+            None => {
+                self.complete();
+                None
+            }
+        })
     }
 
     /// All of it has come; what the guest does after that is its own affair.
@@ -202,31 +255,29 @@ impl GuestBody {
     }
 }
 
+/// Polls, and does not wait.
+async fn poll_once<T>(mut poll: impl FnMut(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
+    poll_fn(|cx| Poll::Ready(poll(cx))).await
+}
+
 impl HttpBody for GuestBody {
     type Data = Bytes;
     type Error = axum::Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        match ready!(Pin::new(&mut self.answer.body).poll_frame(cx)) {
-            Some(Ok(frame)) => {
-                let bytes = frame.data_ref().map_or(0, Bytes::len);
-                Poll::Ready(Some(self.answer.meter.count_output(bytes).map(|()| frame).map_err(axum::Error::new)))
-            }
-            Some(Err(error)) => {
-                if let Some(job) = self.job.take() {
-                    tokio::spawn(timeout(LAST_WORDS, job.finished()));
-                }
-                Poll::Ready(Some(Err(axum::Error::new(error))))
-            }
-            None => {
-                self.complete();
-                Poll::Ready(None)
-            }
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Piece>> {
+        if self.early.front().is_some_and(Result::is_err) && !std::mem::replace(&mut self.sent, true) {
+            // an error ends the connection at once: a client that had seen nothing would ask again
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        match self.early.pop_front() {
+            Some(piece) => Poll::Ready(Some(piece)),
+            None => self.poll_answer(cx),
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.answer.body.is_end_stream()
+        self.early.is_empty() && self.answer.body.is_end_stream()
     }
 
     // no `size_hint`: a length that is known stands in the header already, and the length of no body, as answers to

@@ -60,7 +60,12 @@ pub(super) async fn call(State(app): State<App>, request: Request<Body>) -> Resu
     let answered = async {
         match line.await {
             Ok(line) => match exchange(line, to_guest, app.connections.reading).await {
-                Ok(response) => Ok(response.map(|answer| Body::new(GuestBody::new(answer, submitted)))),
+                Ok(response) => {
+                    let (head, answer) = response.into_parts();
+                    let mut body = GuestBody::new(answer, submitted);
+                    body.take_early().await;
+                    Ok(Response::from_parts(head, Body::new(body)))
+                }
                 Err(error) => Err(timeout(LAST_WORDS, failure(submitted)).await.unwrap_or_else(|_| bad(&error))),
             },
             // it never came to be called
