@@ -62,10 +62,17 @@ pub(super) fn run(config: Config) -> Result<u8, Fatal> {
     telemetry::start(&config.log, config.log_format).or_exit(EX_CONFIG)?;
     let ready = prepare(config)?;
     // only now are there threads: what has been given up before is given up by all of them
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().or_exit(EX_OSERR)?;
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    let runtime = builder.worker_threads(worker_threads()).enable_all().build().or_exit(EX_OSERR)?;
     let code = runtime.block_on(live(ready))?;
     runtime.shutdown_timeout(Duration::from_secs(1));
     Ok(code)
+}
+
+/// Half of the CPUs: the jobs need some too, and what one thread hands to another it has to wake first. On 2 CPUs one thread
+/// instead of two takes a quarter less CPU time for each job.
+fn worker_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |cpus| cpus.get().div_ceil(2))
 }
 
 /// Everything that needs privilege, then its end. One thread until here.

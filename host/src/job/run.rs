@@ -22,7 +22,7 @@ use super::outcome::{Evidence, Outcome, Stop, fuel_used};
 use super::record::{IsolationRecord, JobRecord, Start, State, UsageRecord};
 use super::{Artifact, Finished, Input, JobRequest, Jobs, Output, Streams, Supply};
 use crate::admission::{AdmissionError, Permit};
-use crate::launcher::{Collected, Collector, Content, Sandbox, SandboxError, Stdio, StreamError};
+use crate::launcher::{Collected, Collector, Content, Parked, Sandbox, SandboxError, Stdio, StreamError};
 use crate::limit::{Limit, Runtime};
 use crate::plugin::Plugin;
 use crate::store::ArtifactError;
@@ -192,10 +192,11 @@ async fn parked(
     artifact: &File,
     invocation: &Invocation,
 ) -> Result<Option<Manned>, Fault> {
-    while let Some((sandbox, isolation)) = jobs.0.parking.take(spec, artifact) {
-        let Stdio { stdin, stdout, stderr, theirs } = Stdio::make().map_err(Fault::Pipe)?;
+    while let Some(Parked { sandbox, isolation, streams }) = jobs.0.parking.take(spec, artifact) {
+        let streams = streams.map_or_else(Stdio::make, Ok).map_err(Fault::Pipe)?;
+        let Stdio { stdin, stdout, stderr, theirs } = streams;
         // else it has died this moment, and nothing of the job has begun
-        if sandbox.give(invocation, theirs).await.is_ok() {
+        if sandbox.give(invocation, theirs).is_ok() {
             return Ok(Some(Manned { sandbox, isolation, stdin, stdout, stderr }));
         }
     }
@@ -217,7 +218,7 @@ async fn made(
     };
     let (mut sandbox, _waiting) = jobs.0.parking.launch(spec, artifact)?;
     let Stdio { stdin, stdout, stderr, theirs } = Stdio::make().map_err(Fault::Pipe)?;
-    let given = sandbox.give(invocation, theirs).await;
+    let given = sandbox.give(invocation, theirs);
     let ready = tokio::select! {
         ready = sandbox.ready() => ready,
         () = entry.cancel.cancelled() => {

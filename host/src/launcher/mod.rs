@@ -7,7 +7,7 @@ mod parking;
 mod sandbox;
 mod streams;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,7 +25,7 @@ pub use self::ceilings::SetCeilingError;
 use self::orders::Asked;
 pub use self::orders::{Controls, OrderFailure, Then};
 use self::packets::AsyncPackets;
-pub use self::parking::{Parking, ParkingRules};
+pub use self::parking::{Parked, Parking, ParkingRules};
 pub use self::sandbox::{Killer, Sandbox, SandboxError};
 pub use self::streams::{Collected, Collector, Content, Flow, Stdio, StreamError};
 
@@ -38,9 +38,12 @@ pub struct Launcher(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    /// Unbounded, as what goes in is bounded: a launch and a kill or two for each admitted job, an order for each
-    /// request.
-    outbox: mpsc::UnboundedSender<Outgoing>,
+    socket: AsyncPackets,
+    /// What there was no room for in the socket. Unbounded, as what goes in is bounded: a launch and a kill or two for each
+    /// admitted job, an order for each request.
+    outbox: Mutex<VecDeque<Outgoing>>,
+    /// There is something in the outbox.
+    backlog: Notify,
     sandboxes: Mutex<Sandboxes>,
     next_id: AtomicU64,
     memory_short: Notify,
@@ -81,11 +84,15 @@ impl Launcher {
     /// The socket cannot be registered with the runtime.
     pub fn connect(packets: Packets) -> io::Result<(Self, impl Future<Output = LauncherGone>)> {
         let socket = AsyncPackets::register(packets)?;
-        let (outbox, inbox) = mpsc::unbounded_channel();
-        let inner =
-            Inner { outbox, sandboxes: Mutex::default(), next_id: AtomicU64::new(1), memory_short: Notify::new() };
-        let launcher = Self(Arc::new(inner));
-        let driver = drive(launcher.0.clone(), socket, inbox);
+        let launcher = Self(Arc::new(Inner {
+            socket,
+            outbox: Mutex::default(),
+            backlog: Notify::new(),
+            sandboxes: Mutex::default(),
+            next_id: AtomicU64::new(1),
+            memory_short: Notify::new(),
+        }));
+        let driver = drive(Connection(launcher.0.clone()));
         Ok((launcher, driver))
     }
 
@@ -94,9 +101,15 @@ impl Launcher {
         self.0.memory_short.notified().await;
     }
 
+    /// Messages go out in the order in which they are given here.
     fn send(&self, message: ToLauncher, fds: Vec<OwnedFd>) {
-        // fails only when the driver has ended, which every waiting sandbox is told of
-        let _ = self.0.outbox.send((message, fds));
+        let mut outbox = self.0.outbox();
+        if outbox.is_empty() && self.0.socket.try_send(&message, &fds).is_ok() {
+            return;
+        }
+        // the driver tries again; if it has ended, every waiting sandbox is told of that
+        outbox.push_back((message, fds));
+        self.0.backlog.notify_one();
     }
 
     /// Registers a new sandbox. `None` if the launcher is gone.
@@ -113,6 +126,20 @@ impl Launcher {
 }
 
 impl Inner {
+    fn outbox(&self) -> MutexGuard<'_, VecDeque<Outgoing>> {
+        self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends what there is room for of what had none.
+    fn send_backlog(&self) -> io::Result<()> {
+        let mut outbox = self.outbox();
+        while let Some((message, fds)) = outbox.front() {
+            self.socket.try_send(message, fds)?;
+            outbox.pop_front();
+        }
+        Ok(())
+    }
+
     fn sandboxes(&self) -> MutexGuard<'_, Sandboxes> {
         self.sandboxes.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -138,24 +165,37 @@ impl Inner {
     }
 }
 
+/// Is there for as long as messages move: the launcher ends with it.
+struct Connection(Arc<Inner>);
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.0.socket.hang_up();
+    }
+}
+
 /// Moves messages until the launcher is gone, then tells every sandbox's owner by closing its events.
-async fn drive(inner: Arc<Inner>, socket: AsyncPackets, mut inbox: mpsc::UnboundedReceiver<Outgoing>) -> LauncherGone {
+async fn drive(connection: Connection) -> LauncherGone {
+    let inner = &connection.0;
     let gone = tokio::select! {
-        gone = receive(&inner, &socket) => gone,
-        gone = transmit(&socket, &mut inbox) => gone,
+        gone = receive(inner) => gone,
+        gone = transmit(inner) => gone,
     };
     let mut sandboxes = inner.sandboxes();
     sandboxes.gone = true;
     sandboxes.events.clear();
     sandboxes.ceilings.clear();
     sandboxes.orders.clear();
+    drop(sandboxes);
+    // with the descriptors that were to go along
+    inner.outbox().clear();
     gone
 }
 
-async fn receive(inner: &Inner, socket: &AsyncPackets) -> LauncherGone {
+async fn receive(inner: &Inner) -> LauncherGone {
     let mut buffer = vec![0; MAX_PACKET];
     loop {
-        match socket.recv_into::<FromLauncher>(&mut buffer).await {
+        match inner.socket.recv_into::<FromLauncher>(&mut buffer).await {
             Ok(message) => inner.dispatch(message),
             Err(RecvError::Closed) => return LauncherGone(None),
             Err(error) => return LauncherGone(Some(io::Error::other(error))),
@@ -163,12 +203,11 @@ async fn receive(inner: &Inner, socket: &AsyncPackets) -> LauncherGone {
     }
 }
 
-async fn transmit(socket: &AsyncPackets, inbox: &mut mpsc::UnboundedReceiver<Outgoing>) -> LauncherGone {
-    // the sender's end lives as long as `inner`, which `drive` holds
-    while let Some((message, fds)) = inbox.recv().await {
-        if let Err(error) = socket.send(&message, &fds).await {
+async fn transmit(inner: &Inner) -> LauncherGone {
+    loop {
+        inner.backlog.notified().await;
+        if let Err(error) = inner.socket.when_there_is_room(|| inner.send_backlog()).await {
             return LauncherGone(Some(error));
         }
     }
-    LauncherGone(None)
 }

@@ -1,6 +1,7 @@
 //! [`Packets`] with async waiting.
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram as StdSocket;
 
@@ -23,9 +24,22 @@ impl AsyncPackets {
         Ok(Self(UnixDatagram::from_std(StdSocket::from(OwnedFd::from(packets)))?))
     }
 
-    /// Sends one packet when there is room for it.
-    pub(super) async fn send<T: Serialize>(&self, value: &T, fds: &[impl AsFd]) -> io::Result<()> {
-        self.0.async_io(Interest::WRITABLE, || wire::send(&self.0, value, fds)).await
+    /// Sends one packet. `WouldBlock` if there is no room for it now.
+    ///
+    /// It does not ask the runtime before, which hears of a new socket's room only when it next looks at all of them.
+    pub(super) fn try_send<T: Serialize>(&self, value: &T, fds: &[impl AsFd]) -> io::Result<()> {
+        wire::send(&self.0, value, fds)
+    }
+
+    /// Ends the connection, whoever else holds this end.
+    pub(super) fn hang_up(&self) {
+        // an error says that it has ended already
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
+
+    /// Calls `send` whenever there may be room, until it does not give `WouldBlock`.
+    pub(super) async fn when_there_is_room(&self, send: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+        self.0.async_io(Interest::WRITABLE, send).await
     }
 
     /// Receives one packet without descriptors, through `buffer`.

@@ -14,7 +14,7 @@ use holm_sandbox::spec::SandboxSpec;
 use holm_sandbox::usage::Isolation;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::{Launcher, Sandbox, SandboxError};
+use super::{Launcher, Sandbox, SandboxError, Stdio};
 
 /// How long after a sandbox was taken another one is made in its place: the job that took it has both CPUs of a small
 /// machine until then.
@@ -36,6 +36,10 @@ const BACK_OFF: Duration = Duration::from_secs(1);
 const PARKED_BYTES: u64 = 4 << 20;
 const PARKED_PIDS: u32 = 2;
 
+/// Streams are made ahead for as long as no more sandboxes than that are parked: three pipes each, and of 1,024 pipes of one
+/// user on the kernel makes them smaller (`pipe-user-pages-soft`, `pipe(7)`).
+const STREAMS_AHEAD: usize = 128;
+
 /// The parts of a tenant's ceilings that its parked sandboxes may use: one in so many. A job that finds a little less memory
 /// hardly knows; one that forks for as long as it may counts.
 const MEMORY_PART: u64 = 8;
@@ -50,6 +54,17 @@ pub struct ParkingRules {
     pub in_all: usize,
     /// After the plugin's last job.
     pub idle: Duration,
+}
+
+/// A sandbox that waits for a job.
+#[derive(Debug)]
+pub struct Parked {
+    /// It.
+    pub sandbox: Sandbox,
+    /// What the kernel says of its layers.
+    pub isolation: Isolation,
+    /// Its job's streams, if they have been made ahead.
+    pub streams: Option<Stdio>,
 }
 
 /// All parked sandboxes. Cheap to clone.
@@ -84,7 +99,7 @@ struct Lot {
     next: Option<SandboxSpec>,
     /// What to make more of, once the recipe has been asked for twice.
     artifact: Option<Arc<File>>,
-    parked: Vec<(Sandbox, Isolation)>,
+    parked: Vec<Parked>,
     refilling: bool,
     rate: Rate,
     not_before: Instant,
@@ -140,9 +155,9 @@ impl Parking {
         Self(Arc::new(Inner { launcher, rules, lots: Mutex::default(), waiting: AtomicUsize::new(0) }))
     }
 
-    /// Takes a sandbox that waits for a job of this recipe, with what the kernel says of its layers. Counts the demand in
-    /// any case; `artifact` is what more of them are made with.
-    pub fn take(&self, recipe: &SandboxSpec, artifact: &File) -> Option<(Sandbox, Isolation)> {
+    /// Takes a sandbox that waits for a job of this recipe. Counts the demand in any case; `artifact` is what more of them are
+    /// made with.
+    pub fn take(&self, recipe: &SandboxSpec, artifact: &File) -> Option<Parked> {
         if self.0.rules.per_plugin == 0 {
             return None;
         }
@@ -170,7 +185,7 @@ impl Parking {
             lot.artifact = artifact.try_clone().ok().map(Arc::new);
         }
         // one that has died meanwhile, of its tenant's lack of memory for instance, is as good as none
-        let (taken, dead) = pop_good(&mut lot.parked, |(sandbox, _)| sandbox.is_waiting());
+        let (taken, dead) = pop_good(&mut lot.parked, |parked| parked.sandbox.is_waiting());
         given_up.extend(dead);
         let refill = !std::mem::replace(&mut lot.refilling, true);
         lots.parked -= given_up.len() + usize::from(taken.is_some());
@@ -257,14 +272,16 @@ impl Inner {
     }
 
     /// Makes one.
-    async fn make(&self, recipe: &SandboxSpec, artifact: &File) -> Result<(Sandbox, Isolation), SandboxError> {
+    async fn make(&self, recipe: &SandboxSpec, artifact: &File) -> Result<Parked, SandboxError> {
         let mut sandbox = self.launcher.launch(recipe.clone(), artifact.try_clone()?)?;
         let isolation = sandbox.ready().await?;
-        Ok((sandbox, isolation))
+        let ahead = self.lots().parked <= STREAMS_AHEAD;
+        let streams = ahead.then(Stdio::make).transpose()?;
+        Ok(Parked { sandbox, isolation, streams })
     }
 
     /// Parks what was made, if it is still wanted.
-    fn park(&self, key: &(Name, Name), recipe: &SandboxSpec, made: Result<(Sandbox, Isolation), SandboxError>) {
+    fn park(&self, key: &(Name, Name), recipe: &SandboxSpec, made: Result<Parked, SandboxError>) {
         let mut lots = self.lots();
         match (lots.lots.get_mut(key), made) {
             (Some(lot), Ok(made)) if lot.recipe == *recipe => return lot.parked.push(made),

@@ -100,10 +100,12 @@ impl Sandbox {
     ///
     /// # Errors
     /// The sandbox has died in the meantime.
-    pub async fn give(&self, invocation: &Invocation, stdio: [OwnedFd; 3]) -> Result<(), SandboxError> {
+    #[allow(clippy::needless_pass_by_value)] // closed here: as long as we had them open, nothing would come to an end
+    pub fn give(&self, invocation: &Invocation, stdio: [OwnedFd; 3]) -> Result<(), SandboxError> {
         let payload = postcard::to_stdvec(invocation).map_err(io::Error::other)?;
         let message = JobMessage { payload };
-        Ok(self.channel.send(&message, &stdio).await?)
+        // the channel has never been used before, so there is room
+        Ok(self.channel.try_send(&message, &stdio)?)
     }
 
     /// Follows it to its end. `started` is called when tenant code starts. Gives what the sandbox said of its run, and

@@ -42,9 +42,10 @@ impl Stdio {
         let (from_stdout, stdout) = io::pipe()?;
         let (from_stderr, stderr) = io::pipe()?;
         Ok(Self {
-            stdin: pipe::Sender::from_owned_fd(non_blocking(to_stdin.into())?)?,
-            stdout: pipe::Receiver::from_owned_fd(non_blocking(from_stdout.into())?)?,
-            stderr: pipe::Receiver::from_owned_fd(non_blocking(from_stderr.into())?)?,
+            // what is checked otherwise is known: they are pipes, just made
+            stdin: pipe::Sender::from_owned_fd_unchecked(non_blocking(to_stdin.into())?)?,
+            stdout: pipe::Receiver::from_owned_fd_unchecked(non_blocking(from_stdout.into())?)?,
+            stderr: pipe::Receiver::from_owned_fd_unchecked(non_blocking(from_stderr.into())?)?,
             theirs: [stdin.into(), stdout.into(), stderr.into()],
         })
     }

@@ -148,7 +148,7 @@ impl Compiler {
         let Stdio { stdout, theirs: [_, theirs, _], .. } = Stdio::make().map_err(|error| host(error.into()))?;
         let null = || OpenOptions::new().read(true).write(true).open("/dev/null").map(OwnedFd::from);
         let (stdin, stderr) = (null().map_err(|e| host(e.into()))?, null().map_err(|e| host(e.into()))?);
-        running.give(&Invocation::default(), [stdin, theirs, stderr]).await.map_err(sandbox)?;
+        running.give(&Invocation::default(), [stdin, theirs, stderr]).map_err(sandbox)?;
 
         let killer = running.killer();
         let copy = copy_up_to(stdout, out.file(), self.limits.artifact_bytes, || killer.kill());
