@@ -274,6 +274,12 @@ impl Held {
     /// Once nothing is parked any more.
     fn by(server: &Server) -> Self {
         server.settle();
+        // the kernel lets go of a removed cgroup later, many at once one after the other
+        let mut cgroups_before = usize::MAX;
+        while proc::kernel_cgroups() < cgroups_before {
+            cgroups_before = proc::kernel_cgroups();
+            sleep(Duration::from_millis(500));
+        }
         let (pid, launcher) = (server.pid(), server.launcher());
         let mib = |bytes: u64| bytes as f64 / MIB;
         let cgroups: usize = server.cgroups().iter().map(|dir| below(dir).len()).sum();

@@ -192,6 +192,53 @@ fn memory_files_arguments_and_peaks_of_one_job_are_not_the_next_one_s() {
     assert_eq!(seen, HashSet::from(["cold".to_owned(), "parked".to_owned()]));
 }
 
+/// Of a greedy job there is much to count: memory until the kernel kills it, or CPU time until it is throttled.
+#[test]
+fn what_a_cgroup_has_counted_of_one_job_is_not_charged_to_the_next_that_is_in_it() {
+    let server = Server::start();
+    server.tenant("acme", &json!({}));
+    let fill = support::wat::command(
+        &["path_open"],
+        r#"(data (i32.const 32) "full") (global $fd (mut i32) (i32.const 0))"#,
+        "(drop (call $path_open (i32.const 3) (i32.const 0) (i32.const 32) (i32.const 4) (i32.const 1)
+            (i64.const 64) (i64.const 0) (i32.const 0) (i32.const 48)))
+        (global.set $fd (i32.load (i32.const 48)))
+        (i32.store (i32.const 0) (i32.const 65536))
+        (i32.store (i32.const 4) (i32.const 65536))
+        (loop $more
+            (drop (call $fd_write (global.get $fd) (i32.const 0) (i32.const 1) (i32.const 8)))
+            (br $more))",
+    );
+    server.upload("acme", "fill", fill.as_bytes());
+    server.upload("acme", "spin", wat("", "(loop $on (br $on))").as_bytes());
+    server.upload("acme", "small", wat("", "").as_bytes());
+    let outcome = |record: &Value| record["outcome"]["limit"].as_str().map(str::to_owned);
+    let usage = |record: &Value, key: &str| record["usage"][key].as_u64().unwrap_or(0);
+    let mut cgroups = Vec::new();
+    for round in 0..4 {
+        let filled =
+            server.job("acme", "fill", &json!([]), &json!({"memory_bytes": 16 << 20, "scratch_bytes": 64 << 20}), b"");
+        assert_eq!(outcome(&filled).as_deref(), Some("memory_bytes"), "{filled:#}");
+        let spun = server.job("acme", "spin", &json!([]), &json!({"cpu_cores": 0.2, "wall_time_ms": 250}), b"");
+        assert_eq!(outcome(&spun).as_deref(), Some("wall_time_ms"), "{spun:#}");
+        assert!(usage(&spun, "cpu_throttled_us") > 20_000, "{spun:#}");
+        for _ in 0..3 {
+            let small = server.job("acme", "small", &json!([]), &json!({"cpu_cores": 0.2}), b"");
+            assert_eq!(small["outcome"]["exit_code"], 0, "{round}: {small:#}");
+            assert!(usage(&small, "memory_peak_bytes") < 8 << 20, "{small:#}");
+            assert!(usage(&small, "cpu_user_us") + usage(&small, "cpu_system_us") < 30_000, "{small:#}");
+            assert!(usage(&small, "cpu_throttled_us") < 20_000, "{small:#}");
+            assert_eq!(usage(&small, "pids_peak"), 1, "{small:#}");
+            cgroups.push(small["isolation"]["cgroups"]["memory"].as_str().unwrap().to_owned());
+        }
+    }
+    // on v2 each job's is new
+    if server.cgroups().iter().any(|root| root.join("acme").join("memory.limit_in_bytes").exists()) {
+        let different: HashSet<&String> = cgroups.iter().collect();
+        assert!(different.len() < cgroups.len(), "no cgroup was used again: {cgroups:?}");
+    }
+}
+
 #[test]
 fn a_network_namespace_is_recycled_where_that_is_allowed_and_said_so() {
     let server = Server::start();
@@ -260,7 +307,7 @@ fn the_code_that_all_sandboxes_share_can_be_written_by_nobody() {
     let server = Server::start();
     let launcher = server.launcher();
     let maps = launcher.read("maps");
-    let is_copy = |path: &str| path.strip_prefix('/').is_some_and(|name| name.parse::<usize>().is_ok());
+    let is_copy = |path: &str| path == "/program";
     let mut own = 0;
     for line in maps.lines().filter(|line| line.split(' ').nth(1).is_some_and(|may| may.contains('x'))) {
         let (place, may) = (line.split(' ').next().unwrap(), line.split(' ').nth(1).unwrap());
