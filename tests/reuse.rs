@@ -226,8 +226,10 @@ fn what_a_cgroup_has_counted_of_one_job_is_not_charged_to_the_next_that_is_in_it
             let small = server.job("acme", "small", &json!([]), &json!({"cpu_cores": 0.2}), b"");
             assert_eq!(small["outcome"]["exit_code"], 0, "{round}: {small:#}");
             assert!(usage(&small, "memory_peak_bytes") < 8 << 20, "{small:#}");
-            assert!(usage(&small, "cpu_user_us") + usage(&small, "cpu_system_us") < 30_000, "{small:#}");
-            assert!(usage(&small, "cpu_throttled_us") < 20_000, "{small:#}");
+            let cpu_us = usage(&small, "cpu_user_us") + usage(&small, "cpu_system_us");
+            assert!(Duration::from_micros(cpu_us) < at_most(Duration::from_millis(30)), "{small:#}");
+            // on a slow machine it may have used its own 20 ms up
+            assert!(cpu_us > 10_000 || usage(&small, "cpu_throttled_us") < 20_000, "{small:#}");
             assert_eq!(usage(&small, "pids_peak"), 1, "{small:#}");
             cgroups.push(small["isolation"]["cgroups"]["memory"].as_str().unwrap().to_owned());
         }
