@@ -242,6 +242,26 @@ fn what_a_cgroup_has_counted_of_one_job_is_not_charged_to_the_next_that_is_in_it
 }
 
 #[test]
+fn the_cgroups_of_a_burst_of_jobs_do_not_stay_as_long_as_their_zygote() {
+    let server = Server::start_with("parked_idle_ms = 100\nzygote_idle_ms = 600000\n");
+    server.tenant("acme", &json!({}));
+    server.upload("acme", "small", wat("", "").as_bytes());
+    std::thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| (0..4).for_each(|_| drop(server.job("acme", "small", &json!([]), &json!({}), b""))));
+        }
+    });
+    let is_leaf = |entry: &fs::DirEntry| entry.file_name().as_encoded_bytes().starts_with(b"sandbox-");
+    let leaves = |root: &std::path::PathBuf| {
+        fs::read_dir(root.join("acme")).into_iter().flatten().flatten().filter(is_leaf).count()
+    };
+    wait_until("only those for the next jobs are left", || {
+        server.cgroups().iter().all(|root| leaves(root) <= 2).then_some(())
+    });
+    assert!(!kept(&server, "holm-zygote").is_empty());
+}
+
+#[test]
 fn a_network_namespace_is_recycled_where_that_is_allowed_and_said_so() {
     let server = Server::start();
     for (tenant, fresh) in [("acme", false), ("pure", true)] {

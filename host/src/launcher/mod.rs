@@ -211,3 +211,37 @@ async fn transmit(inner: &Inner) -> LauncherGone {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_finds_no_room_goes_out_later_and_in_order() {
+        let (ours, theirs) = Packets::pair().unwrap();
+        let (launcher, driver) = Launcher::connect(ours).unwrap();
+        let driver = tokio::spawn(driver);
+        let mut sent = 0;
+        while launcher.0.outbox().len() < 100 {
+            sent += 1;
+            launcher.send(ToLauncher::Kill(SandboxId(sent)), Vec::new());
+        }
+        let received = tokio::task::spawn_blocking(move || {
+            let receive = |_| theirs.recv(ToLauncher::fds).unwrap().value;
+            (0..sent).map(receive).collect::<Vec<_>>()
+        });
+        let expected: Vec<ToLauncher> = (1..=sent).map(|id| ToLauncher::Kill(SandboxId(id))).collect();
+        assert!(received.await.unwrap() == expected);
+        driver.abort();
+    }
+
+    #[tokio::test]
+    async fn the_connection_ends_with_its_driver_whoever_holds_a_handle() {
+        let (ours, theirs) = Packets::pair().unwrap();
+        let (launcher, driver) = Launcher::connect(ours).unwrap();
+        drop(driver);
+        let ended = tokio::task::spawn_blocking(move || theirs.recv(ToLauncher::fds).map(drop));
+        assert!(matches!(ended.await.unwrap(), Err(RecvError::Closed)));
+        drop(launcher);
+    }
+}

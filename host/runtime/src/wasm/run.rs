@@ -130,7 +130,8 @@ impl Loaded {
     }
 
     /// Runs the guest to its end with at most `memory_bytes` of linear memory. `started` is called right before the
-    /// first instruction of the guest but for [`Loaded::instantiate_ahead`], be it of a start function. The process's standard streams serve one run.
+    /// first instruction of the guest, be it of a start function, unless [`Loaded::instantiate_ahead`] has come before. The
+    /// process's standard streams serve one run.
     #[must_use]
     pub fn run(&mut self, invocation: &Invocation, memory_bytes: usize, started: impl FnOnce()) -> Report {
         let Self { engine, guest, runtime, ahead } = self;

@@ -8,7 +8,7 @@ use super::leaf::Leaf;
 use super::{Extra, Role, Served};
 use crate::usage::{Pressure, Stall, StallTime, Stats, Usage};
 
-/// CPU time as a cgroup has counted it: all of it, and how it is divided, in any unit.
+/// CPU time as a cgroup has counted it: all of it, and how it is divided, on v2 in microseconds and on v1 in any unit.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct CpuCounts {
     pub(super) total_us: u64,

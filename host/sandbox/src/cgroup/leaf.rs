@@ -29,7 +29,7 @@ pub(crate) struct Leaf {
     pub(super) level: Level,
     /// Of a process of the host's own.
     own: bool,
-    /// The limits that are written, as long as nothing has been attached.
+    /// The limits that are written, as long as nobody else may have written others.
     limited: Option<Shares>,
     /// What [`Leaf::die_whole`] gives, if it has been made already.
     oom: Option<Option<OwnedFd>>,

@@ -85,7 +85,7 @@ impl Launcher<'_> {
         };
         begun.map_err(|(error, leaf, ids)| {
             self.uids.give_back(&ids);
-            self.remove(leaf);
+            self.let_go(leaf);
             error
         })
     }
@@ -107,7 +107,7 @@ impl Launcher<'_> {
             && let Some(index) = left
         {
             let leaf = self.leaving.swap_remove(index);
-            self.remove_now(leaf);
+            self.let_go_now(leaf);
         }
         self.tree.leaf(tenant)
     }
@@ -131,7 +131,7 @@ impl Launcher<'_> {
         match leaf.limit(&own) {
             Ok(()) => Ok(leaf),
             Err(errno) => {
-                self.remove(leaf);
+                self.let_go(leaf);
                 Err(errno)
             }
         }

@@ -147,7 +147,7 @@ impl Launcher<'_> {
         };
         self.outbox.send(message);
         self.uids.give_back(&expected.ids);
-        self.remove(expected.leaf);
+        self.let_go(expected.leaf);
     }
 
     /// Kills a sandbox that has not been cloned yet.

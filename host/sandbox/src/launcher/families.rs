@@ -59,7 +59,7 @@ impl Launcher<'_> {
                 Ok(id)
             }
             Err(error) => {
-                self.remove(leaf);
+                self.let_go(leaf);
                 Err(error)
             }
         }
@@ -131,7 +131,7 @@ impl Launcher<'_> {
         self.unwatch(&family.pidfd);
         let kept = self.families.values().any(|other| other.run == family.run);
         self.uids.keep(family.run, kept);
-        self.remove(family.leaf);
+        self.let_go(family.leaf);
     }
 }
 

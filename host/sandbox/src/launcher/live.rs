@@ -311,7 +311,7 @@ impl Launcher<'_> {
         }
         let Live { mut leaf, oom, .. } = live;
         leaf.keep_oom(oom);
-        self.remove(leaf);
+        self.let_go(leaf);
     }
 }
 

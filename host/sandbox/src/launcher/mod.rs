@@ -338,22 +338,22 @@ impl Launcher<'_> {
     /// Does a little of what nobody waits for.
     fn do_chore(&mut self) {
         if let Some(leaf) = self.leaving.pop() {
-            self.remove_now(leaf);
+            self.let_go_now(leaf);
         } else if let Some(spec) = self.stock_up_for.take() {
             self.stock_up_for = self.provide(&spec).then_some(spec);
         } else {
             for leaf in std::mem::take(&mut self.busy) {
-                self.remove_now(leaf);
+                self.let_go_now(leaf);
             }
         }
     }
 
-    /// Removes the cgroup of a process that is dead, soon, or keeps it for another one's.
-    fn remove(&mut self, leaf: Leaf) {
-        if self.leaving.len() < MOST_LEAVING { self.leaving.push(leaf) } else { self.remove_now(leaf) }
+    /// Removes the cgroup of a process that is dead, or keeps it for another one, soon.
+    fn let_go(&mut self, leaf: Leaf) {
+        if self.leaving.len() < MOST_LEAVING { self.leaving.push(leaf) } else { self.let_go_now(leaf) }
     }
 
-    fn remove_now(&mut self, leaf: Leaf) {
+    fn let_go_now(&mut self, leaf: Leaf) {
         let left = if self.ahead { self.tree.keep(leaf) } else { self.tree.remove(leaf) };
         self.busy.extend(left);
     }

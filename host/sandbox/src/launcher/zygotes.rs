@@ -164,7 +164,7 @@ impl Launcher<'_> {
             Err(error) => {
                 // what has been cloned all the same ends, as nobody bids it begin
                 self.strangers_until = self.strangers_from_now();
-                self.remove(leaf);
+                self.let_go(leaf);
                 Err(error)
             }
         }
@@ -371,7 +371,7 @@ impl Launcher<'_> {
                 self.give_up_expected(sandbox, failure);
             }
         }
-        self.remove(zygote.leaf);
+        self.let_go(zygote.leaf);
         self.leave_family(zygote.key.family);
     }
 
